@@ -1,0 +1,31 @@
+"""Every error the project raises on purpose: one base, one child per subsystem, each with its exit code."""
+
+
+class EdgeAsrError(Exception):
+    """Base of all errors of the project; its text is one line that names the thing and the remedy."""
+
+    exit_code = 1
+
+
+class ConfigError(EdgeAsrError):
+    """The configuration or the command line is wrong."""
+
+    exit_code = 2
+
+
+class AudioError(EdgeAsrError):
+    """An audio file or stream cannot be read."""
+
+    exit_code = 2
+
+
+class BundleError(EdgeAsrError):
+    """A model on disk is missing, damaged or of an unknown kind."""
+
+    exit_code = 3
+
+
+class EngineError(EdgeAsrError):
+    """A loaded model failed, or does not fit this machine."""
+
+    exit_code = 3
