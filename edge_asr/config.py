@@ -1,0 +1,444 @@
+"""The configuration: frozen models, one per part, merged from defaults, file, environment and command line."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import socket
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from edge_asr.errors import ConfigError
+
+ENV_PREFIX = "EDGE_ASR_"
+"""`EDGE_ASR_MQTT__PORT=1884` sets `mqtt.port`: two underscores between the section and the key."""
+BUNDLED_MODEL = Path(__file__).resolve().parents[1] / "engines" / "paraformer-tiny"
+PATH_KEYS = (("state_dir",), ("model",), ("mqtt", "password_file"), ("sources", "*", "path"))
+"""Keys that hold a path: in a file they are relative to that file's folder, elsewhere to the working directory."""
+
+Key = tuple[str | int, ...]
+
+
+def _expand(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise ValueError("there is no home directory for '~'; give an absolute path") from error
+
+
+def _readable(path: Path) -> Path:
+    if not os.access(path, os.R_OK) or not path.is_file():
+        raise ValueError(f"cannot read {path}; create it or correct the path")
+    return path
+
+
+def _topic(value: str) -> str:
+    if not value or value.startswith(("/", "$")) or value.endswith("/") or re.search(r"[+#\x00]|//", value):
+        raise ValueError("should be a topic without '+', '#', a leading '/' or '$', or a trailing '/'")
+    return value
+
+
+def host_device_id() -> str:
+    """Return this host's name as a device id: letters, digits, `-` and `_` only."""
+    name = socket.gethostname().split(".")[0]
+    return re.sub(r"[^A-Za-z0-9_-]+", "_", name).strip("_")[:64] or "edge"
+
+
+UserPath = Annotated[Path, AfterValidator(_expand)]
+
+
+class Section(BaseModel):
+    """What all sections share: they are frozen and refuse unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+class EngineConfig(Section):
+    """How the recogniser runs the model."""
+
+    threads: int = Field(default=0, ge=0, le=256)
+    """Threads of one inference; 0 takes one for each physical core."""
+
+
+class FileSourceConfig(Section):
+    """An audio file as a source."""
+
+    kind: Literal["file"] = "file"
+    path: UserPath
+    realtime: bool = True
+    """Played at the pace of speech, or else as fast as it can be decoded."""
+    name: str | None = Field(default=None, min_length=1)
+    """What transcripts call the source; null: its kind and path."""
+
+
+class StdinSourceConfig(Section):
+    """Raw PCM (signed 16 bit little endian, 16 kHz, mono) on standard input as a source."""
+
+    kind: Literal["stdin"] = "stdin"
+    name: str | None = Field(default=None, min_length=1)
+    """What transcripts call the source; null: its kind."""
+
+
+SourceConfig = Annotated[FileSourceConfig | StdinSourceConfig, Field(discriminator="kind")]
+
+
+class SegmentConfig(Section):
+    """Where a segment starts and ends."""
+
+    preset: Literal["aggressive", "default", "relaxed"] = "default"
+    """How long a pause ends a segment: 160, 384 or 800 ms."""
+    max_s: float = Field(default=30.0, ge=8, le=30)
+    """A longer segment is split at its quietest chunk."""
+    threshold: float = Field(default=0.5, gt=0, lt=1)
+    """Speech probability from which a chunk counts as speech."""
+    pre_roll_ms: int = Field(default=300, ge=0, le=2000)
+    """Audio kept from before the first speech chunk."""
+    min_speech_ms: int = Field(default=96, ge=0, le=2000)
+    """Shorter speech than this makes no segment."""
+
+
+class BudgetConfig(Section):
+    """The time a transcript may take."""
+
+    response_ms: float = Field(default=300.0, gt=0, le=60_000)
+    """From the end of a segment to its publication."""
+
+
+class GatesConfig(Section):
+    """What is too doubtful to publish. Null: the bundle's card decides, off where it has no value; 0: off."""
+
+    min_confidence: float | None = Field(default=None, ge=0, le=1)
+    """A transcript with a lower confidence is dropped."""
+    min_speech_ratio: float | None = Field(default=None, ge=0, le=1)
+    """A segment with a smaller share of speech chunks is dropped."""
+    max_tokens_per_s: float | None = Field(default=None, ge=0)
+    """A transcript with more tokens per second of speech is dropped."""
+
+
+class MqttConfig(Section):
+    """The broker, and how to publish on it."""
+
+    enabled: bool = True
+    host: str = Field(default="127.0.0.1", min_length=1)
+    port: int = Field(default=1883, ge=1, le=65535)
+    username: str | None = Field(default=None, min_length=1)
+    password: SecretStr | None = None
+    password_file: Annotated[UserPath, AfterValidator(_readable)] | None = None
+    """A file that holds the password, so that it need not stand in the configuration."""
+    client_id: str | None = Field(default=None, min_length=1)
+    """Null: made from the device id."""
+    base: Annotated[str, AfterValidator(_topic)] = "edge_asr"
+    """Topics are `<base>/<device_id>/...`."""
+    keepalive_s: int = Field(default=30, ge=5, le=65535)
+    reconnect_min_s: float = Field(default=0.5, gt=0, le=3600)
+    reconnect_max_s: float = Field(default=30.0, gt=0, le=3600)
+    live_for_s: float = Field(default=5.0, gt=0, le=3600)
+    """An older transcript is not published on `said`: nobody should act on it any more."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> MqttConfig:
+        if self.password is not None and self.password_file is not None:
+            raise ValueError("password and password_file are both set; keep one")
+        if (self.password is not None or self.password_file is not None) and self.username is None:
+            raise ValueError("a password needs a username; set username")
+        if self.reconnect_min_s > self.reconnect_max_s:
+            raise ValueError("reconnect_min_s is greater than reconnect_max_s; exchange them")
+        return self
+
+    def read_password(self) -> str | None:
+        """Return the password, from the file where one is named; raise ConfigError where it cannot be read."""
+        if self.password_file is None:
+            return None if self.password is None else self.password.get_secret_value()
+        try:
+            return self.password_file.read_text(encoding="utf-8").rstrip("\r\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"mqtt.password_file: cannot read {self.password_file}: {error}") from error
+
+
+class LogConfig(Section):
+    """What is logged."""
+
+    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+
+
+class Config(Section):
+    """The whole configuration; a part receives its own section only."""
+
+    device_id: str = Field(default_factory=host_device_id, pattern=r"^[A-Za-z0-9_-]{1,64}$")
+    state_dir: UserPath = Path("~/.local/state/edge_asr")
+    model: UserPath = BUNDLED_MODEL
+    """The folder of a bundle."""
+    engine: EngineConfig = EngineConfig()
+    sources: tuple[SourceConfig, ...] = ()
+    segment: SegmentConfig = SegmentConfig()
+    budget: BudgetConfig = BudgetConfig()
+    gates: GatesConfig = GatesConfig()
+    mqtt: MqttConfig = MqttConfig()
+    drain_s: float = Field(default=10.0, ge=0, le=300)
+    """Seconds that pending work may take when the daemon stops."""
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _sources_differ(self) -> Config:
+        names = [source.name for source in self.sources if source.name is not None]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"two sources are named {', '.join(map(repr, twice))}; give each its own name")
+        if sum(source.kind == "stdin" for source in self.sources) > 1:
+            raise ValueError("standard input can be a source only once; remove the others")
+        return self
+
+
+def load_config(
+    path: Path | None = None, overrides: Sequence[str] = (), environ: Mapping[str, str] | None = None
+) -> Config:
+    """Merge defaults, the file, `EDGE_ASR_*` variables and `section.key=value` overrides, in rising order.
+
+    Raises ConfigError with all problems at once, one a line.
+    """
+    draft = _Draft()
+    if path is not None:
+        draft.read_file(path)
+    for name, text in sorted((os.environ if environ is None else environ).items()):
+        if name.startswith(ENV_PREFIX):
+            draft.set_text(name[len(ENV_PREFIX) :].lower().split("__"), text, name)
+    for option in overrides:
+        key, equals, text = option.partition("=")
+        if equals and key.strip():
+            draft.set_text(key.strip().split("."), text, f"-o {key.strip()}")
+        else:
+            draft.problems.append(f"-o {option}: should be section.key=value, such as -o mqtt.port=1884")
+    return draft.validate()
+
+
+def show_config(config: Config) -> str:
+    """Return the configuration as YAML with its secrets masked."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+@dataclass
+class _Draft:
+    """Values gathered so far, where each came from, and everything found wrong with them."""
+
+    data: dict[str, Any] = field(default_factory=dict)
+    origins: dict[Key, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    def read_file(self, path: Path) -> None:
+        try:
+            loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
+            node = loader.get_single_node()
+            data = None if node is None else loader.construct_document(node)
+        except OSError as error:
+            self.problems.append(f"{path}: cannot read it: {error.strerror}; correct the path given to --config")
+        except UnicodeDecodeError:
+            self.problems.append(f"{path}: is not text in UTF-8; save it as UTF-8")
+        except yaml.MarkedYAMLError as error:
+            line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+            self.problems.append(f"{path}{line}: not valid YAML: {error.problem}; correct the line")
+        except yaml.YAMLError as error:
+            self.problems.append(f"{path}: not valid YAML: {' '.join(str(error).split())}")
+        else:
+            if data is not None and not isinstance(data, dict):
+                self.problems.append(f"{path}: should hold 'key: value' lines; see config.yaml for an example")
+            elif node is not None and data:
+                self._note_lines(node, (), path)
+                self.data = data
+                for key in PATH_KEYS:
+                    _anchor(self.data, key, path.resolve().parent)
+
+    def _note_lines(self, node: yaml.Node, key: Key, path: Path) -> None:
+        """Remember the line of each key, and report keys that stand twice (YAML would take the last)."""
+        for child, value, line in _children(node):
+            here = (*key, child)
+            if here in self.origins:
+                first = self.origins[here].rsplit(":", 1)[-1]
+                self.problems.append(f"{path}:{line}: {_dotted(here)} is given twice, see line {first}; keep one")
+            self.origins[here] = f"{path}:{line}"
+            self._note_lines(value, here, path)
+
+    def set_text(self, parts: Sequence[str], text: str, origin: str) -> None:
+        """Set one key from text; a list's entry is named by its index, the next free one appends."""
+        key: Key = tuple(int(part) if part.isdecimal() else part for part in parts)
+        try:
+            value = _parse(key, text)
+        except yaml.YAMLError:
+            self.problems.append(f"{origin}: the value is not valid YAML; put it in quotes")
+            return
+        if not _assign(self.data, key, value):
+            self.problems.append(f"{origin}: there is no such entry; set the entries before it first")
+            return
+        for known in [known for known in self.origins if known[: len(key)] == key]:
+            del self.origins[known]
+        self.origins[key] = origin
+
+    def validate(self) -> Config:
+        # An empty section ("mqtt:" with nothing below) or null at the top level means: the default.
+        given = {key: value for key, value in self.data.items() if value is not None}
+        config = None
+        try:
+            config = Config.model_validate(given)
+        except ValidationError as error:
+            for details in error.errors():
+                key = _plain_key(details["loc"])
+                self.problems.append(_line(self._origin(key), _explain(key, details)))
+        if self.problems or config is None:
+            raise ConfigError("\n".join(self.problems))
+        return config
+
+    def _origin(self, key: Key) -> str:
+        """Return where a key came from: its own origin, else that of a key below, else above."""
+        below = (origin for known, origin in self.origins.items() if known[: len(key)] == key and key)
+        above = (self.origins[key[:end]] for end in range(len(key) - 1, 0, -1) if key[:end] in self.origins)
+        return next(below, None) or next(above, "")
+
+
+def _line(origin: str, text: str) -> str:
+    """Return one line of a ConfigError; an option names its key itself, so it is not named twice."""
+    if origin.startswith("-o ") and text.startswith(f"{origin[3:]}:"):
+        return f"-o {text}"
+    return f"{origin}: {text}" if origin else text
+
+
+def _children(node: yaml.Node) -> Iterator[tuple[str | int, yaml.Node, int]]:
+    if isinstance(node, yaml.MappingNode):
+        for name, value in node.value:
+            yield str(name.value), value, name.start_mark.line + 1
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            yield index, value, value.start_mark.line + 1
+
+
+def _anchor(data: Any, key: Sequence[str], folder: Path) -> None:
+    """Make the path at `key` (`*`: every entry of a list) absolute, seen from `folder`."""
+    head, *rest = key
+    if head == "*":
+        for entry in data if isinstance(data, list) else ():
+            _anchor(entry, rest, folder)
+    elif isinstance(data, dict) and data.get(head) is not None:
+        value = data[head]
+        if rest:
+            _anchor(value, rest, folder)
+        elif isinstance(value, str) and value and not value.startswith("~"):
+            data[head] = str(folder / value)
+
+
+def _assign(data: Any, key: Key, value: Any) -> bool:
+    """Set `value` at `key`, making what is missing on the way; return False where a list has no such entry."""
+    head, *rest = key
+    if isinstance(data, list):
+        if not isinstance(head, int) or head > len(data):
+            return False
+        if head == len(data):
+            data.append(None)
+    elif not isinstance(data, dict):
+        return False
+    else:
+        data.setdefault(head, None)
+    if not rest:
+        data[head] = value
+        return True
+    if data[head] is None:
+        data[head] = [] if isinstance(rest[0], int) else {}
+    return _assign(data[head], tuple(rest), value)
+
+
+def _parse(key: Key, text: str) -> Any:
+    """Return text as YAML, or as it stands where the key holds text: a password `0123` is no number."""
+    if not _is_text(Config, key):
+        return yaml.safe_load(text)
+    return None if text in ("", "null") else text
+
+
+def _is_text(annotation: Any, key: Key) -> bool:
+    candidates = list(_flatten(annotation))
+    if not key:
+        return any(candidate in (str, SecretStr, Path) or isinstance(candidate, str) for candidate in candidates)
+    if isinstance(key[0], int):
+        return _is_text(annotation, key[1:])
+    models = [candidate for candidate in candidates if isinstance(candidate, type) and issubclass(candidate, Section)]
+    found = [model.model_fields[key[0]] for model in models if key[0] in model.model_fields]
+    return any(_is_text(field_.annotation, key[1:]) for field_ in found)
+
+
+def _flatten(annotation: Any) -> Iterator[Any]:
+    """Yield the classes and literals that an annotation is made of."""
+    origin = typing.get_origin(annotation)
+    if origin is Annotated:
+        yield from _flatten(typing.get_args(annotation)[0])
+    elif origin in (typing.Union, types.UnionType, tuple, Literal):
+        for argument in typing.get_args(annotation):
+            yield from _flatten(argument)
+    else:
+        yield annotation
+
+
+def _plain_key(loc: Key) -> Key:
+    """Return pydantic's location without the kind that it puts after the index of a source."""
+    return (*loc[:2], *loc[3:]) if loc[:1] == ("sources",) else loc
+
+
+def _dotted(key: Key) -> str:
+    return ".".join(map(str, key))
+
+
+def _known_keys(key: Key, kind: object) -> list[str]:
+    """Return the keys that stand beside `key`."""
+    if len(key) == 1:
+        return list(Config.model_fields)
+    if key[0] == "sources":
+        return list((StdinSourceConfig if kind == "stdin" else FileSourceConfig).model_fields)
+    models = [found for found in _flatten(Config.model_fields[str(key[0])].annotation) if issubclass(found, Section)]
+    return [name for model in models for name in model.model_fields]
+
+
+def _explain(key: Key, details: ErrorDetails) -> str:
+    """Return the key, what is wrong with it, and the remedy."""
+    if details["type"] == "extra_forbidden":
+        return _explain_unknown(key, details)
+    if details["type"] == "value_error":
+        return f"{_dotted(key) or 'sources'}: {details['ctx']['error']}"
+    if details["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        return _explain_kind(key, details["ctx"].get("tag"))
+    return f"{_dotted(key)}: {_complaint(key, details)}"
+
+
+def _explain_unknown(key: Key, details: ErrorDetails) -> str:
+    known = _known_keys(key, details["loc"][2] if key[0] == "sources" else None)
+    nearest = difflib.get_close_matches(str(key[-1]), known, n=1)
+    remedy = f"did you mean {_dotted((*key[:-1], nearest[0]))!r}?" if nearest else f"known here: {', '.join(known)}"
+    return f"{_dotted(key)}: unknown key; {remedy}"
+
+
+def _explain_kind(key: Key, kind: object) -> str:
+    if kind == "microphone":
+        return f"{_dotted(key)}.kind: 'microphone' is not part of this release; use 'file' or 'stdin'"
+    return f"{_dotted(key)}.kind: should be 'file' or 'stdin'" + ("" if kind is None else f"; got {kind!r}")
+
+
+def _complaint(key: Key, details: ErrorDetails) -> str:
+    kind, given = details["type"], details["input"]
+    if kind == "missing":
+        return "is required; set it"
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        return "should hold keys, each with its value"
+    if kind == "tuple_type":
+        return "should be a list, such as [{kind: stdin}]"
+    if given is None:
+        return "has no value; set it, or remove the line to get the default"
+    if kind in ("string_type", "path_type") and isinstance(given, (bool, int, float)):
+        return "should be text; put the value in quotes"
+    message = details["msg"].replace("Input should be", "should be", 1)
+    if kind == "string_pattern_mismatch":
+        message = "should have 1 to 64 letters, digits, '-' or '_' and nothing else"
+    secret = any("password" in str(part) for part in key)
+    return message if secret or isinstance(given, (dict, list)) else f"{message}; got {given!r}"
