@@ -437,7 +437,7 @@ def _complaint(key: Key, details: ErrorDetails) -> str:
         return "has no value; set it, or remove the line to get the default"
     if kind in ("string_type", "path_type") and isinstance(given, (bool, int, float)):
         return "should be text; put the value in quotes"
-    message = details["msg"].replace("Input should be", "should be", 1)
+    message = details["msg"].replace("Input should be", "should be", 1).partition(", unable to parse")[0]
     if kind == "string_pattern_mismatch":
         message = "should have 1 to 64 letters, digits, '-' or '_' and nothing else"
     secret = any("password" in str(part) for part in key)

@@ -1,0 +1,5 @@
+"""`python -m edge_asr` is `edge-asr`."""
+
+from edge_asr.cli import main
+
+main()
