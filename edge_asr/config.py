@@ -14,7 +14,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 from edge_asr.errors import ConfigError
@@ -47,12 +57,21 @@ def _topic(value: str) -> str:
     return value
 
 
+def _number(value: Any) -> Any:
+    # YAML reads yes, no, on and off as booleans, and pydantic would go on to read those as 1 and 0.
+    if isinstance(value, bool):
+        raise ValueError("should be a number, not yes or no")
+    return value
+
+
 def host_device_id() -> str:
     """Return this host's name as a device id: letters, digits, `-` and `_` only."""
     name = socket.gethostname().split(".")[0]
     return re.sub(r"[^A-Za-z0-9_-]+", "_", name).strip("_")[:64] or "edge"
 
 
+Integer = Annotated[int, BeforeValidator(_number)]
+Number = Annotated[float, BeforeValidator(_number)]
 UserPath = Annotated[Path, AfterValidator(_expand)]
 
 
@@ -65,7 +84,7 @@ class Section(BaseModel):
 class EngineConfig(Section):
     """How the recogniser runs the model."""
 
-    threads: int = Field(default=0, ge=0, le=256)
+    threads: Integer = Field(default=0, ge=0, le=256)
     """Threads of one inference; 0 takes one for each physical core."""
 
 
@@ -96,31 +115,31 @@ class SegmentConfig(Section):
 
     preset: Literal["aggressive", "default", "relaxed"] = "default"
     """How long a pause ends a segment: 160, 384 or 800 ms."""
-    max_s: float = Field(default=30.0, ge=8, le=30)
+    max_s: Number = Field(default=30.0, ge=8, le=30)
     """A longer segment is split at its quietest chunk."""
-    threshold: float = Field(default=0.5, gt=0, lt=1)
+    threshold: Number = Field(default=0.5, gt=0, lt=1)
     """Speech probability from which a chunk counts as speech."""
-    pre_roll_ms: int = Field(default=300, ge=0, le=2000)
+    pre_roll_ms: Integer = Field(default=300, ge=0, le=2000)
     """Audio kept from before the first speech chunk."""
-    min_speech_ms: int = Field(default=96, ge=0, le=2000)
+    min_speech_ms: Integer = Field(default=96, ge=0, le=2000)
     """Shorter speech than this makes no segment."""
 
 
 class BudgetConfig(Section):
     """The time a transcript may take."""
 
-    response_ms: float = Field(default=300.0, gt=0, le=60_000)
+    response_ms: Number = Field(default=300.0, gt=0, le=60_000)
     """From the end of a segment to its publication."""
 
 
 class GatesConfig(Section):
     """What is too doubtful to publish. Null: the bundle's card decides, off where it has no value; 0: off."""
 
-    min_confidence: float | None = Field(default=None, ge=0, le=1)
+    min_confidence: Number | None = Field(default=None, ge=0, le=1)
     """A transcript with a lower confidence is dropped."""
-    min_speech_ratio: float | None = Field(default=None, ge=0, le=1)
+    min_speech_ratio: Number | None = Field(default=None, ge=0, le=1)
     """A segment with a smaller share of speech chunks is dropped."""
-    max_tokens_per_s: float | None = Field(default=None, ge=0)
+    max_tokens_per_s: Number | None = Field(default=None, ge=0)
     """A transcript with more tokens per second of speech is dropped."""
 
 
@@ -129,7 +148,7 @@ class MqttConfig(Section):
 
     enabled: bool = True
     host: str = Field(default="127.0.0.1", min_length=1)
-    port: int = Field(default=1883, ge=1, le=65535)
+    port: Integer = Field(default=1883, ge=1, le=65535)
     username: str | None = Field(default=None, min_length=1)
     password: SecretStr | None = None
     password_file: Annotated[UserPath, AfterValidator(_readable)] | None = None
@@ -138,10 +157,10 @@ class MqttConfig(Section):
     """Null: made from the device id."""
     base: Annotated[str, AfterValidator(_topic)] = "edge_asr"
     """Topics are `<base>/<device_id>/...`."""
-    keepalive_s: int = Field(default=30, ge=5, le=65535)
-    reconnect_min_s: float = Field(default=0.5, gt=0, le=3600)
-    reconnect_max_s: float = Field(default=30.0, gt=0, le=3600)
-    live_for_s: float = Field(default=5.0, gt=0, le=3600)
+    keepalive_s: Integer = Field(default=30, ge=5, le=65535)
+    reconnect_min_s: Number = Field(default=0.5, gt=0, le=3600)
+    reconnect_max_s: Number = Field(default=30.0, gt=0, le=3600)
+    live_for_s: Number = Field(default=5.0, gt=0, le=3600)
     """An older transcript is not published on `said`: nobody should act on it any more."""
 
     @model_validator(mode="after")
@@ -183,19 +202,20 @@ class Config(Section):
     budget: BudgetConfig = BudgetConfig()
     gates: GatesConfig = GatesConfig()
     mqtt: MqttConfig = MqttConfig()
-    drain_s: float = Field(default=10.0, ge=0, le=300)
+    drain_s: Number = Field(default=10.0, ge=0, le=300)
     """Seconds that pending work may take when the daemon stops."""
     log: LogConfig = LogConfig()
 
-    @model_validator(mode="after")
-    def _sources_differ(self) -> Config:
-        names = [source.name for source in self.sources if source.name is not None]
+    @field_validator("sources")
+    @classmethod
+    def _sources_differ(cls, sources: tuple[SourceConfig, ...]) -> tuple[SourceConfig, ...]:
+        names = [source.name for source in sources if source.name is not None]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"two sources are named {', '.join(map(repr, twice))}; give each its own name")
-        if sum(source.kind == "stdin" for source in self.sources) > 1:
+        if sum(source.kind == "stdin" for source in sources) > 1:
             raise ValueError("standard input can be a source only once; remove the others")
-        return self
+        return sources
 
 
 def load_config(
@@ -406,7 +426,7 @@ def _explain(key: Key, details: ErrorDetails) -> str:
     if details["type"] == "extra_forbidden":
         return _explain_unknown(key, details)
     if details["type"] == "value_error":
-        return f"{_dotted(key) or 'sources'}: {details['ctx']['error']}"
+        return f"{_dotted(key)}: {details['ctx']['error']}"
     if details["type"] in ("union_tag_invalid", "union_tag_not_found"):
         return _explain_kind(key, details["ctx"].get("tag"))
     return f"{_dotted(key)}: {_complaint(key, details)}"

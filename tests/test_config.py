@@ -1,0 +1,303 @@
+"""The configuration: what it accepts, and what it says about what it does not."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import SecretStr, ValidationError
+
+from edge_asr import config as config_module
+from edge_asr.config import (
+    BUNDLED_MODEL,
+    PATH_KEYS,
+    Config,
+    FileSourceConfig,
+    Section,
+    StdinSourceConfig,
+    load_config,
+    show_config,
+)
+from edge_asr.errors import ConfigError
+
+EXAMPLE = Path(__file__).parents[1] / "config.yaml"
+WriteConfig = Callable[[str], Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> WriteConfig:
+    def write_config(text: str) -> Path:
+        path = tmp_path / "config.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write_config
+
+
+def problems(
+    path: Path | None = None, overrides: tuple[str, ...] = (), environ: dict[str, str] | None = None
+) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides, environ or {})
+    return str(caught.value).splitlines()
+
+
+def keys(data: Any, prefix: str = "") -> Iterator[str]:
+    for key, value in data.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from keys(value, f"{prefix}{key}.")
+
+
+def test_without_any_input_everything_has_its_default() -> None:
+    config = load_config(environ={})
+    assert config == Config()
+    assert config.model == BUNDLED_MODEL
+    assert config.mqtt.live_for_s == 5
+    assert config.segment.max_s == 30
+    assert config.gates.min_confidence is None
+
+
+def test_config_yaml_names_every_key_with_its_default() -> None:
+    data = yaml.safe_load(EXAMPLE.read_text(encoding="utf-8"))
+    assert list(keys(data)) == list(keys(Config().model_dump()))
+    assert load_config(EXAMPLE, environ={}) == Config()
+
+
+def test_config_yaml_comments_every_key() -> None:
+    lines = EXAMPLE.read_text(encoding="utf-8").splitlines()
+    own_words = {"host", "port", "password_file", "reconnect_max_s", "mqtt", "engine", "segment", "budget", "log"}
+    for before, line in itertools.pairwise(lines):
+        key = re.match(r" *(\w+):", line)
+        if key and key[1] not in own_words:
+            assert before.lstrip().startswith("#"), f"{key[1]} has no comment above it"
+
+
+def test_the_example_sources_in_config_yaml_name_every_key_of_a_source() -> None:
+    text = EXAMPLE.read_text(encoding="utf-8")
+    example = re.search(r"^#   sources:\n(#     .*\n)+", text, re.MULTILINE)
+    assert example
+    data = yaml.safe_load(re.sub(r"^#   ", "", example[0], flags=re.MULTILINE))
+    by_kind: dict[str, type[Section]] = {"file": FileSourceConfig, "stdin": StdinSourceConfig}
+    assert {source["kind"]: set(source) for source in data["sources"]} == {
+        kind: set(model.model_fields) for kind, model in by_kind.items()
+    }
+    assert len(Config.model_validate(data).sources) == 2
+
+
+def test_every_path_key_is_known_to_be_relative_to_the_file() -> None:
+    sections = {name: getattr(Config(), name) for name in Config.model_fields}
+    found: set[tuple[str, ...]] = {(name,) for name, value in sections.items() if isinstance(value, Path)}
+    for name, value in sections.items():
+        if isinstance(value, Section):
+            found |= {(name, key) for key, info in type(value).model_fields.items() if "Path" in str(info.annotation)}
+    found |= {("sources", "*", key) for key, info in FileSourceConfig.model_fields.items() if info.annotation is Path}
+    assert found == set(PATH_KEYS)
+
+
+def test_every_section_explains_itself() -> None:
+    models = [value for value in vars(config_module).values() if isinstance(value, type) and issubclass(value, Section)]
+    assert len(models) > 8
+    assert all(model.__doc__ for model in models)
+
+
+def test_options_rise_above_environment_above_file_above_default(write: WriteConfig) -> None:
+    path = write("mqtt: {host: file, port: 1, base: file}\n")
+    environ = {"EDGE_ASR_MQTT__PORT": "2", "EDGE_ASR_MQTT__BASE": "environment", "OTHER": "x"}
+    config = load_config(path, ["mqtt.base=option"], environ)
+    assert (config.mqtt.host, config.mqtt.port, config.mqtt.base) == ("file", 2, "option")
+    assert config.mqtt.keepalive_s == 30
+
+
+def test_environment_sets_top_level_keys_and_entries_of_lists() -> None:
+    environ = {"EDGE_ASR_DEVICE_ID": "hall", "EDGE_ASR_SOURCES__0__KIND": "stdin"}
+    config = load_config(environ=environ)
+    assert config.device_id == "hall"
+    assert config.sources == (StdinSourceConfig(),)
+
+
+def test_sources_can_be_given_whole_and_entry_by_entry() -> None:
+    whole = load_config(None, ["sources=[{kind: file, path: /a.wav}, {kind: stdin}]"], {})
+    single = load_config(None, ["sources.0.kind=file", "sources.0.path=/a.wav", "sources.1.kind=stdin"], {})
+    changed = load_config(None, ["sources=[{kind: file, path: /b.wav}, {kind: stdin}]", "sources.0.path=/a.wav"], {})
+    assert whole == single == changed
+    assert isinstance(whole.sources[0], FileSourceConfig)
+    assert whole.sources[0].realtime
+
+
+def test_text_from_outside_the_file_is_taken_as_it_stands() -> None:
+    overrides = ["mqtt.username=yes", "mqtt.password=0123", "device_id=12", "mqtt.client_id=null"]
+    config = load_config(None, overrides, {})
+    assert config.mqtt.username == "yes"
+    assert config.mqtt.read_password() == "0123"
+    assert config.device_id == "12"
+    assert config.mqtt.client_id is None
+
+
+def test_relative_paths_belong_to_the_folder_of_the_file(write: WriteConfig, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("s\n")
+    path = write(
+        "model: models/a\nstate_dir: ~/state\nmqtt: {username: u, password_file: secret}\n"
+        "sources: [{kind: file, path: a.wav}]\n"
+    )
+    config = load_config(path, ["sources.1.kind=file", "sources.1.path=b.wav"], {})
+    assert config.model == tmp_path / "models/a"
+    assert config.state_dir == Path.home() / "state"
+    assert [source.path for source in config.sources if source.kind == "file"] == [tmp_path / "a.wav", Path("b.wav")]
+    assert config.mqtt.read_password() == "s"
+
+
+def test_an_empty_file_and_an_empty_section_mean_defaults(write: WriteConfig) -> None:
+    assert load_config(write(""), environ={}) == Config()
+    assert load_config(write("mqtt:\n  # all below is commented out\nsources:\n"), environ={}) == Config()
+
+
+def test_all_problems_are_reported_at_once_each_with_its_origin(write: WriteConfig) -> None:
+    path = write("mqtt:\n  hots: x\n  port: 70000\nsegment:\n  max_s: 60\n")
+    found = problems(path, ("drian_s=3", "nonsense"), {"EDGE_ASR_LOG__LEVEL": "loud", "EDGE_ASR_MQT__HOST": "x"})
+    assert sorted(found) == sorted(
+        [
+            f"{path}:2: mqtt.hots: unknown key; did you mean 'mqtt.host'?",
+            f"{path}:3: mqtt.port: should be less than or equal to 65535; got 70000",
+            f"{path}:5: segment.max_s: should be less than or equal to 30; got 60",
+            "-o drian_s: unknown key; did you mean 'drain_s'?",
+            "-o nonsense: should be section.key=value, such as -o mqtt.port=1884",
+            "EDGE_ASR_LOG__LEVEL: log.level: should be 'DEBUG', 'INFO', 'WARNING' or 'ERROR'; got 'loud'",
+            "EDGE_ASR_MQT__HOST: mqt: unknown key; did you mean 'mqtt'?",
+        ]
+    )
+
+
+def test_a_key_like_no_other_is_answered_with_the_known_ones() -> None:
+    assert problems(None, ("budget.x=1",)) == ["-o budget.x: unknown key; known here: response_ms"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("mqtt: [unclosed\n", r":2: not valid YAML: expected ',' or '\]'"),
+        ("a: b: c\n", ":1: not valid YAML: mapping values are not allowed here"),
+        ("mqtt:\n\thost: x\n", ":2: not valid YAML: found character '\\\\t'"),
+        ("text\n", "should hold 'key: value' lines"),
+        ("drain_s: 1\nmqtt: {}\ndrain_s: 2\n", ":3: drain_s is given twice, see line 1; keep one"),
+        ("mqtt: {password: 0123}\n", "mqtt.password: should be text; put the value in quotes"),
+        ("mqtt: {host: }\n", "mqtt.host: has no value"),
+        ("mqtt: 3\n", "mqtt: should hold keys, each with its value"),
+        ("model: \x00\n", "not valid YAML"),
+    ],
+)
+def test_a_wrong_file_is_explained_in_one_line(write: WriteConfig, text: str, message: str) -> None:
+    path = write(text)
+    (line,) = problems(path)
+    assert line.startswith(str(path))
+    assert re.search(message, line)
+
+
+def test_a_missing_or_binary_file_is_explained_in_one_line(tmp_path: Path) -> None:
+    (line,) = problems(tmp_path / "none.yaml")
+    assert (
+        line == f"{tmp_path}/none.yaml: cannot read it: No such file or directory; correct the path given to --config"
+    )
+    (line,) = problems(tmp_path)
+    assert "Is a directory" in line
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    (line,) = problems(tmp_path / "binary.yaml")
+    assert "save it as UTF-8" in line
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        ("[{kind: microphone}]", "sources.0.kind: 'microphone' is not part of this release; use 'file' or 'stdin'"),
+        ("[{kind: tape}]", "sources.0.kind: should be 'file' or 'stdin'; got 'tape'"),
+        ("[{path: a.wav}]", "sources.0.kind: should be 'file' or 'stdin'"),
+        ("[{kind: file}]", "sources.0.path: is required; set it"),
+        ("[{kind: stdin, path: a.wav}]", "sources.0.path: unknown key; known here: kind, name"),
+        ("[{kind: stdin}, 7]", "sources.1: should hold keys, each with its value"),
+        (
+            "[{kind: file, path: a, relatime: no}]",
+            "sources.0.relatime: unknown key; did you mean 'sources.0.realtime'?",
+        ),
+        ("{kind: stdin}", "should be a list, such as [{kind: stdin}]"),
+        ("[{kind: stdin}, {kind: stdin}]", "standard input can be a source only once; remove the others"),
+        (
+            "[{kind: stdin, name: a}, {kind: file, path: b, name: a}]",
+            "two sources are named 'a'; give each its own name",
+        ),
+    ],
+)
+def test_wrong_sources_are_explained(sources: str, message: str) -> None:
+    (line,) = problems(None, (f"sources={sources}",))
+    assert line.endswith(message)
+    assert line.startswith("-o sources: ")
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("mqtt.host.x=1", "-o mqtt.host.x: mqtt.host: should be a valid string"),
+        ("sources.3.kind=stdin", "-o sources.3.kind: there is no such entry; set the entries before it first"),
+        ("mqtt={host: a", "-o mqtt: the value is not valid YAML; put it in quotes"),
+        ("mqtt.port=", "-o mqtt.port: has no value; set it, or remove the line to get the default"),
+        ("mqtt.port=x", "-o mqtt.port: should be a valid integer; got 'x'"),
+        ("mqtt.port=yes", "-o mqtt.port: should be a number, not yes or no"),
+        ("gates.min_confidence=off", "-o gates.min_confidence: should be a number, not yes or no"),
+        ("drain_s=no", "-o drain_s: should be a number, not yes or no"),
+        ("mqtt.base=a/#", "-o mqtt.base: should be a topic"),
+        ("drain_s=.nan", "-o drain_s: should be a finite number"),
+        ("device_id=a/b", "-o device_id: should have 1 to 64 letters, digits, '-' or '_' and nothing else; got 'a/b'"),
+        ("mqtt.password_file=/nowhere", "-o mqtt.password_file: cannot read /nowhere; create it or correct the path"),
+        ("mqtt.reconnect_min_s=60", "mqtt: reconnect_min_s is greater than reconnect_max_s; exchange them"),
+        ("=1", "-o =1: should be section.key=value"),
+    ],
+)
+def test_wrong_options_are_explained(option: str, message: str) -> None:
+    (line,) = problems(None, (option,))
+    assert message in line
+
+
+def test_secrets_are_masked_in_what_is_shown_and_in_errors(write: WriteConfig) -> None:
+    config = load_config(None, ["mqtt.username=u", "mqtt.password=hunter2"], {})
+    assert config.mqtt.password == SecretStr("hunter2")
+    for shown in (show_config(config), repr(config), str(config.mqtt)):
+        assert "hunter2" not in shown
+        assert "**********" in shown
+    for text in ("mqtt: {password: 13579}\n", "mqtt: {password: [13579]}\n", "mqtt: {password: 13579, x: 1}\n"):
+        assert not any("13579" in line for line in problems(write(text)))
+    assert not any("13579" in line for line in problems(None, ("mqtt.password=13579",)))
+
+
+def test_a_password_stands_in_one_place_and_has_a_user(tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("s")
+    (line,) = problems(None, ("mqtt.username=u", "mqtt.password=p", f"mqtt.password_file={secret}"))
+    assert "password and password_file are both set; keep one" in line
+    (line,) = problems(None, ("mqtt.password=p",))
+    assert "a password needs a username" in line
+
+
+def test_what_is_shown_can_be_read_again(write: WriteConfig) -> None:
+    config = load_config(None, ["sources=[{kind: file, path: /声.wav}]", "segment.preset=aggressive"], {})
+    assert load_config(write(show_config(config)), environ={}) == config
+
+
+def test_a_configuration_cannot_be_changed() -> None:
+    config = Config()
+    with pytest.raises(ValidationError):
+        config.mqtt.port = 1
+
+
+@pytest.mark.parametrize(
+    ("host", "device_id"),
+    [("hall", "hall"), ("hall.lan", "hall"), ("küche 1", "k_che_1"), ("", "edge"), ("x" * 80, "x" * 64)],
+)
+def test_the_default_device_id_is_the_host_name_in_plain_letters(
+    monkeypatch: pytest.MonkeyPatch, host: str, device_id: str
+) -> None:
+    monkeypatch.setattr("socket.gethostname", lambda: host)
+    assert Config().device_id == device_id
