@@ -1,0 +1,345 @@
+"""The publisher against a real Mosquitto, read with the real mosquitto_sub."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from mosquitto import Door, Mosquitto, Subscriber, free_port, wait_for
+
+from edge_asr.config import MqttConfig
+from edge_asr.publish import mqtt
+from edge_asr.publish.mqtt import MqttPublisher
+from edge_asr.types import Transcript, new_segment_id
+
+BASE = "edge_asr/hall"
+
+
+def transcript(text: str) -> Transcript:
+    return Transcript(
+        id=new_segment_id(),
+        device="hall",
+        source="file:test.wav",
+        text=text,
+        text_raw=text,
+        confidence=0.97,
+        started_at=1_750_000_000.0,
+        offset_s=0.0,
+        duration_s=1.5,
+        tokens=(),
+        latency_ms={"response": 2.0},
+        within_budget=True,
+        decoded_at_pause=True,
+        model="test",
+        engine="test",
+    )
+
+
+def config(port: int, **keys: object) -> MqttConfig:
+    return MqttConfig.model_validate({"port": port, "reconnect_min_s": 0.02, "reconnect_max_s": 0.1, **keys})
+
+
+@contextmanager
+def publishing(
+    config: MqttConfig, *, finish: Callable[[Transcript], Transcript] = lambda given: given
+) -> Iterator[MqttPublisher]:
+    publisher = MqttPublisher(config, "hall", finish=finish)
+    publisher.start()
+    try:
+        yield publisher
+    finally:
+        publisher.close(0.0)
+
+
+def connected(publisher: MqttPublisher) -> None:
+    wait_for(lambda: publisher.stats().connected, "the connection")
+
+
+def disconnected(publisher: MqttPublisher) -> None:
+    wait_for(lambda: not publisher.stats().connected, "the loss of the connection")
+
+
+def offer_all(publisher: MqttPublisher, texts: list[str]) -> None:
+    for text in texts:
+        publisher.offer(transcript(text))
+
+
+def texts_on(subscriber: Subscriber, topic: str) -> list[str]:
+    return [message.json["text"] for message in subscriber.on(topic)]
+
+
+def unique(texts: list[str]) -> list[str]:
+    """Without the repetitions that QoS 1 permits."""
+    return list(dict.fromkeys(texts))
+
+
+def test_status_is_retained_online_while_running_and_offline_after_a_clean_close(broker: Mosquitto) -> None:
+    with publishing(config(broker.port)) as publisher:
+        connected(publisher)
+        wait_for(lambda: publisher._connection and not publisher._connection.unacknowledged, "the acknowledgement")
+        with Subscriber(broker.port) as subscriber:
+            subscriber.wait_for(lambda s: s.on("status"), "status")
+            status = subscriber.on("status")[0]
+            assert (status.topic, status.payload, status.retained) == (f"{BASE}/status", "online", True)
+            publisher.close(1.0)
+            subscriber.wait_for(lambda s: len(s.on("status")) == 2, "offline")
+            assert (subscriber.on("status")[1].payload, subscriber.on("status")[1].qos) == ("offline", 1)
+    with Subscriber(broker.port) as late:
+        late.wait_for(lambda s: s.on("status"), "the retained status")
+        assert (late.on("status")[0].payload, late.on("status")[0].retained) == ("offline", True)
+
+
+def test_a_process_that_is_killed_leaves_its_last_will(broker: Mosquitto) -> None:
+    program = (
+        "import time\n"
+        "from edge_asr.config import MqttConfig\n"
+        "from edge_asr.publish.mqtt import MqttPublisher\n"
+        f"MqttPublisher(MqttConfig(port={broker.port}), 'hall').start()\n"
+        "time.sleep(600)\n"
+    )
+    with Subscriber(broker.port) as subscriber, subprocess.Popen([sys.executable, "-c", program]) as process:
+        try:
+            subscriber.wait_for(lambda s: [m.payload for m in s.on("status")] == ["online"], "online")
+        finally:
+            process.send_signal(signal.SIGKILL)
+        subscriber.wait_for(lambda s: [m.payload for m in s.on("status")] == ["online", "offline"], "the last will")
+    with Subscriber(broker.port) as late:
+        late.wait_for(lambda s: s.on("status"), "the retained last will")
+        assert late.on("status")[0].payload == "offline"
+
+
+def test_state_is_retained_latest_wins_and_comes_again_after_a_broker_restart(broker: Mosquitto) -> None:
+    with publishing(config(broker.port)) as publisher:
+        publisher.set_state({"state": "starting"})
+        connected(publisher)
+        publisher.set_state({"state": "ready", "why": "客厅"})
+        with Subscriber(broker.port) as subscriber:
+            subscriber.wait_for(lambda s: s.on("state") and s.on("state")[-1].json["state"] == "ready", "the new state")
+        broker.restart()  # without persistence: what is retained now was published anew
+        wait_for(lambda: publisher.stats().reconnects == 1, "the second connection")
+        wait_for(lambda: publisher._connection and not publisher._connection.unacknowledged, "the acknowledgements")
+        with Subscriber(broker.port) as subscriber:
+            subscriber.wait_for(lambda s: s.on("state") and s.on("status"), "state and status")
+            state = subscriber.on("state")[0]
+            assert (state.json, state.retained, state.qos) == ({"state": "ready", "why": "客厅"}, True, 1)
+            assert (subscriber.on("status")[0].payload, subscriber.on("status")[0].retained) == ("online", True)
+
+
+def test_a_transcript_goes_out_for_acting_and_for_the_record(broker: Mosquitto) -> None:
+    with publishing(config(broker.port)) as publisher, Subscriber(broker.port) as subscriber:
+        connected(publisher)
+        spoken = transcript("打开客厅灯")
+        publisher.offer(spoken)
+        subscriber.wait_for(lambda s: s.on("said") and s.on("transcript"), "both messages")
+        said, record = subscriber.on("said")[0], subscriber.on("transcript")[0]
+        assert (said.topic, said.qos, said.retained) == (f"{BASE}/said", 0, False)
+        assert (record.topic, record.qos, record.retained) == (f"{BASE}/transcript", 1, False)
+        assert said.json["event_type"] == "said"
+        assert "event_type" not in record.json
+        for message in (said.json, record.json):
+            assert message.items() >= {**spoken.to_json(), "age_s": message["age_s"]}.items()
+            assert (message["seq"], message["replayed"]) == (None, False)
+            assert 0 <= message["age_s"] < 5
+        with Subscriber(broker.port) as late:  # nothing was retained: only the status is there
+            late.wait_for(lambda s: s.on("status"), "the retained status")
+            publisher.offer(transcript("关闭客厅灯"))
+            late.wait_for(lambda s: s.on("said"), "the next command")
+            assert texts_on(late, "said") == texts_on(late, "transcript") == ["关闭客厅灯"]
+
+
+def test_the_finish_hook_runs_once_on_the_publisher_thread_and_may_fail(broker: Mosquitto) -> None:
+    calls: list[tuple[str, str]] = []
+
+    def finish(given: Transcript) -> Transcript:
+        calls.append((threading.current_thread().name, given.text))
+        if given.text == "broken":
+            raise RuntimeError("on purpose")
+        return dataclasses.replace(given, latency_ms={"response": 7.5})
+
+    with publishing(config(broker.port), finish=finish) as publisher, Subscriber(broker.port) as subscriber:
+        connected(publisher)
+        offer_all(publisher, ["broken", "whole"])
+        subscriber.wait_for(lambda s: len(s.on("said")) == len(s.on("transcript")) == 2, "all messages")
+        assert calls == [("publisher", "broken"), ("publisher", "whole")]
+        for topic in ("said", "transcript"):
+            latencies = [message.json["latency_ms"]["response"] for message in subscriber.on(topic)]
+            assert latencies == [2.0, 7.5]
+
+
+def test_commands_spoken_while_the_broker_is_dead_reach_the_record_in_order_and_never_said(broker: Mosquitto) -> None:
+    door = Door(broker.port)
+    door.open()
+    with publishing(config(door.port)) as publisher:
+        connected(publisher)
+        broker.kill()
+        disconnected(publisher)
+        door.shut()
+        texts = [f"第{number}句" for number in range(50)]
+        offer_all(publisher, texts)
+        wait_for(lambda: publisher.stats().dropped_live == 50, "the end of the commands")
+        broker.start()
+        with Subscriber(broker.port) as subscriber:
+            door.open()
+            connected(publisher)
+            publisher.offer(transcript("现在"))
+            subscriber.wait_for(lambda s: s.on("said") and len(s.on("transcript")) == 51, "said and the record")
+            assert texts_on(subscriber, "transcript") == [*texts, "现在"]
+            assert texts_on(subscriber, "said") == ["现在"]
+            replayed = [message.json["replayed"] for message in subscriber.on("transcript")]
+            assert replayed == [True] * 50 + [False]
+            assert all(message.json["age_s"] > 0 for message in subscriber.on("transcript"))
+        wait_for(lambda: publisher.stats().sent == 51, "the acknowledgements")
+    door.shut()
+
+
+def test_commands_spoken_at_the_very_moment_the_broker_dies_are_not_said_later(broker: Mosquitto) -> None:
+    door = Door(broker.port)
+    door.open()
+    with publishing(config(door.port)) as publisher:
+        connected(publisher)
+        for attempt in range(5):
+            doomed = [f"{attempt}-{number}" for number in range(30)]
+            broker.freeze()  # what is sent from here on stays in the kernel's buffers
+            offer_all(publisher, doomed)
+            broker.kill()
+            disconnected(publisher)
+            door.shut()
+            broker.start()
+            with Subscriber(broker.port) as subscriber:
+                door.open()
+                subscriber.wait_for(lambda s: len(s.on("transcript")) >= 30, "the record")
+                publisher.offer(transcript("现在"))
+                subscriber.wait_for(lambda s: s.on("said"), "the first command after the outage")
+                assert unique(texts_on(subscriber, "transcript"))[:30] == doomed
+                assert texts_on(subscriber, "said") == ["现在"]
+    door.shut()
+
+
+def test_a_broker_that_hangs_delivers_no_old_command_when_it_wakes_up(broker: Mosquitto) -> None:
+    with publishing(config(broker.port, live_for_s=0.2)) as publisher, Subscriber(broker.port) as subscriber:
+        connected(publisher)
+        broker.freeze()
+        spoken = ["一", "二", "三"]
+        offer_all(publisher, spoken)
+        wait_for(lambda: publisher.stats().dropped_live == 3, "the commands to become too old")
+        assert publisher.stats().connected  # nobody can know better yet
+        broker.thaw()
+        subscriber.wait_for(lambda s: len(s.on("transcript")) == 3, "the record")
+        wait_for(lambda: publisher.stats().queued == 0, "the acknowledgements")
+        publisher.offer(transcript("现在"))
+        subscriber.wait_for(lambda s: s.on("said"), "the first command afterwards")
+        assert texts_on(subscriber, "said") == ["现在"]
+        assert texts_on(subscriber, "transcript") == [*spoken, "现在"]
+
+
+def test_transcripts_are_neither_lost_nor_disordered_by_a_connection_that_breaks(broker: Mosquitto) -> None:
+    door = Door(broker.port)
+    door.open()
+    texts = [str(number) for number in range(300)]
+    with publishing(config(door.port)) as publisher, Subscriber(broker.port) as subscriber:
+        for number, text in enumerate(texts):
+            publisher.offer(transcript(text))
+            if number % 60 == 59:
+                connected(publisher)
+                door.shut()
+                disconnected(publisher)
+                door.open()
+        subscriber.wait_for(lambda s: len(set(texts_on(s, "transcript"))) == 300, "all transcripts")
+        assert unique(texts_on(subscriber, "transcript")) == texts
+        assert len(texts_on(subscriber, "said")) == len(set(texts_on(subscriber, "said")))
+        wait_for(lambda: publisher.stats().queued == 0, "the acknowledgements")
+        assert publisher.stats().sent == 300
+    door.shut()
+
+
+def test_a_refused_connection_is_said_in_words_and_is_not_a_connection(
+    tmp_path: Path, mosquitto_installed: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    broker = Mosquitto(tmp_path, username="hall", password="right-secret")
+    broker.start()
+    try:
+        with publishing(config(broker.port, username="hall", password="wrong-secret")) as publisher:
+            publisher.offer(transcript("秘密的话"))
+            wait_for(lambda: len(attempts(caplog)) >= 3, "three attempts")
+            assert not publisher.stats().connected
+            assert publisher.stats().queued == 1
+            assert [record.levelname for record in attempts(caplog)[:3]] == ["WARNING", "DEBUG", "DEBUG"]
+            assert "refused: not authorized" in attempts(caplog)[0].getMessage()
+        with publishing(config(broker.port, username="hall", password="right-secret")) as publisher:
+            connected(publisher)
+    finally:
+        broker.stop()
+    assert "secret" not in caplog.text
+    assert "秘密的话" not in caplog.text
+
+
+def attempts(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
+    return [record for record in caplog.records if record.getMessage().startswith("no connection to the broker")]
+
+
+@pytest.mark.parametrize(
+    ("host", "words"), [("127.0.0.1", "connection refused"), ("no.such.invalid", "cannot be resolved")]
+)
+def test_an_absent_broker_is_named_once_and_the_close_does_not_wait_for_it(
+    host: str, words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    publisher = MqttPublisher(config(free_port(), host=host), "hall")
+    publisher.start()
+    publisher.offer(transcript("打开"))
+    wait_for(lambda: len(attempts(caplog)) >= 2, "two attempts")
+    assert words in attempts(caplog)[0].getMessage()
+    assert [record.levelno for record in attempts(caplog)[:2]] == [logging.WARNING, logging.DEBUG]
+    closing = threading.Thread(target=publisher.close, args=(3600.0,))  # an hour to drain, which it must not use
+    closing.start()
+    wait_for(lambda: not closing.is_alive(), "the close")
+    assert publisher.stats().dropped_transcripts == 1
+
+
+def test_an_idle_publisher_closes_without_using_its_time_to_drain(broker: Mosquitto) -> None:
+    with publishing(config(broker.port)) as publisher:
+        connected(publisher)
+        closing = threading.Thread(target=publisher.close, args=(3600.0,))
+        closing.start()
+        wait_for(lambda: not closing.is_alive(), "the close")
+        publisher.offer(transcript("太晚"))
+        assert publisher.stats().dropped_transcripts == 1
+
+
+def test_a_publisher_that_was_never_started_can_be_closed() -> None:
+    MqttPublisher(config(free_port()), "hall").close(3600.0)
+
+
+def test_the_close_drains_what_is_queued(broker: Mosquitto) -> None:
+    texts = [str(number) for number in range(200)]
+    with Subscriber(broker.port) as subscriber:
+        with publishing(config(broker.port)) as publisher:
+            offer_all(publisher, texts)  # it may not even be connected yet
+            publisher.close(30.0)
+            assert (publisher.stats().sent, publisher.stats().dropped_transcripts) == (200, 0)
+        subscriber.wait_for(lambda s: [m.payload for m in s.on("status")][-1:] == ["offline"], "offline")
+        assert texts_on(subscriber, "transcript") == texts
+
+
+def test_a_full_queue_drops_the_oldest_and_counts_it(broker: Mosquitto, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mqtt, "QUEUE_LIMIT", 10)
+    door = Door(broker.port)
+    with publishing(config(door.port)) as publisher, Subscriber(broker.port) as subscriber:
+        for number in range(25):
+            publisher.offer(transcript(str(number)))
+            assert publisher.stats().queued <= 10
+        wait_for(lambda: publisher.stats().dropped_live == 25, "the end of the commands")
+        assert (publisher.stats().queued, publisher.stats().dropped_transcripts) == (10, 15)
+        door.open()
+        subscriber.wait_for(lambda s: len(s.on("transcript")) == 10, "the newest ten")
+        assert texts_on(subscriber, "transcript") == [str(number) for number in range(15, 25)]
+    door.shut()
