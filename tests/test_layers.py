@@ -43,7 +43,7 @@ SERVE_SEES = {"pipeline", "audio"}
 DEVICE_LIBRARIES = {
     "tensorrt": {"recognizer.tensorrt_network", "engine.tensorrt_build"},
     "pycuda": {"recognizer.tensorrt_network", "engine.tensorrt_build"},
-    "onnxruntime": {"recognizer.onnx_network"},
+    "onnxruntime": {"recognizer.onnx_network", "speech.vad"},
     "sounddevice": {"audio.microphone"},
     "av": {"audio.decode"},
 }
