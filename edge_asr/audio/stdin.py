@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import BinaryIO
+from typing import IO
 
 import numpy as np
 
@@ -34,7 +34,7 @@ class StdinSource:
     """
 
     def __init__(
-        self, stream: BinaryIO | None = None, name: str = "stdin", clock: Callable[[], float] = time.monotonic
+        self, stream: IO[bytes] | None = None, name: str = "stdin", clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.name = name
         self._stream = sys.stdin.buffer if stream is None else stream
