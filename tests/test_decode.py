@@ -128,6 +128,10 @@ def test_fifty_milliseconds_are_enough(tmp_path: Path, ending: str, codec: str) 
     assert len(read(encode(tmp_path / f"a.{ending}", tone(0.05, 16_000), 16_000, codec))) == 800
 
 
+def test_less_than_a_sample_is_silence_not_an_error(tmp_path: Path) -> None:
+    assert len(read(write_wav(tmp_path / "a.wav", tone(1 / 96_000, 96_000), 96_000))) == 0
+
+
 def test_an_open_file_is_decoded_and_stays_open(tmp_path: Path) -> None:
     file = io.BytesIO(write_wav(tmp_path / "a.wav", tone(1, 16_000)).read_bytes())
     assert len(read(file)) == 16_000

@@ -82,7 +82,7 @@ def decode(source: str | Path | BinaryIO, name: str | None = None) -> Iterator[S
 
 def read(source: str | Path | BinaryIO, name: str | None = None) -> Samples:
     """Return all of a short file as one `[n]` float32 array; otherwise as `decode`."""
-    return np.concatenate(list(decode(source, name)))
+    return np.concatenate([np.zeros(0, np.float32), *decode(source, name)])
 
 
 def _open(source: str | Path | BinaryIO, name: str) -> AbstractContextManager[BinaryIO]:
