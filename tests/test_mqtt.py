@@ -299,7 +299,9 @@ def test_an_absent_broker_is_named_once_and_the_close_does_not_wait_for_it(
     wait_for(lambda: len(attempts(caplog)) >= 2, "two attempts")
     assert words in attempts(caplog)[0].getMessage()
     assert [record.levelno for record in attempts(caplog)[:2]] == [logging.WARNING, logging.DEBUG]
-    closing = threading.Thread(target=publisher.close, args=(3600.0,))  # an hour to drain, which it must not use
+    closing = threading.Thread(
+        target=publisher.close, args=(3600.0,), daemon=True
+    )  # an hour to drain, which it must not use
     closing.start()
     wait_for(lambda: not closing.is_alive(), "the close")
     assert publisher.stats().dropped_transcripts == 1
@@ -308,7 +310,7 @@ def test_an_absent_broker_is_named_once_and_the_close_does_not_wait_for_it(
 def test_an_idle_publisher_closes_without_using_its_time_to_drain(broker: Mosquitto) -> None:
     with publishing(config(broker.port)) as publisher:
         connected(publisher)
-        closing = threading.Thread(target=publisher.close, args=(3600.0,))
+        closing = threading.Thread(target=publisher.close, args=(3600.0,), daemon=True)
         closing.start()
         wait_for(lambda: not closing.is_alive(), "the close")
         publisher.offer(transcript("太晚"))

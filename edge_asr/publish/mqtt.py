@@ -155,8 +155,8 @@ class MqttPublisher:
     def close(self, drain_s: float) -> None:
         """Refuse further offers, send what is queued for up to `drain_s` if the broker is there, say `offline`, end."""
         with self._lock:
-            if self._close_by is None:
-                self._close_by = time.monotonic() + drain_s
+            close_by = time.monotonic() + drain_s  # a second call may only hasten the end
+            self._close_by = close_by if self._close_by is None else min(self._close_by, close_by)
         self._wake()
         if self._thread.ident is not None:
             self._thread.join(drain_s + 2 * GOODBYE_S)
