@@ -58,7 +58,11 @@ class Mosquitto:
         with (self._directory / "mosquitto.log").open("ab") as output:
             command = [find_program("mosquitto") or "mosquitto", "-c", str(self._directory / "mosquitto.conf")]
             self._process = subprocess.Popen(command, stdout=output, stderr=output)
-        wait_for(self._accepts, f"Mosquitto on port {self.port}")
+        try:
+            wait_for(self._accepts, f"Mosquitto on port {self.port}")
+        except AssertionError:
+            self.kill()
+            raise
 
     def stop(self) -> None:
         """End it as an administrator would."""
@@ -147,7 +151,11 @@ class Subscriber:
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         self._reader = threading.Thread(target=self._read, name="mosquitto_sub reader", daemon=True)
         self._reader.start()
-        wait_for(self._subscribed.is_set, "the subscription")
+        try:
+            wait_for(self._subscribed.is_set, "the subscription")
+        except AssertionError:
+            self.close()  # no `with` block will do it
+            raise
 
     def __enter__(self) -> Subscriber:
         return self
