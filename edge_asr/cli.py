@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -35,9 +36,14 @@ OverrideOption = Annotated[
 ]
 
 
-def read_config(config: Path | None, overrides: Sequence[str] | None) -> Config:
-    """Return the configuration that a command's `--config` and `-o` options ask for."""
-    return load_config(config, overrides or ())
+ModelOption = Annotated[
+    Path | None, typer.Option("--model", metavar="DIR", help="Folder of a Paraformer bundle; above all else.")
+]
+
+
+def read_config(config: Path | None, overrides: Sequence[str] | None, model: Path | None = None) -> Config:
+    """Return the configuration that a command's `--config`, `-o` and `--model` options ask for."""
+    return load_config(config, [*(overrides or ()), *([] if model is None else [f"model={model}"])])
 
 
 def _print_version(wanted: bool) -> None:
@@ -63,6 +69,72 @@ def check_config(config: ConfigOption = None, override: OverrideOption = None) -
     print("# ok")
 
 
+@app.command()
+def transcribe(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Audio in any format.")],
+    json_lines: Annotated[bool, typer.Option("--json", help="Print a transcript a line, as JSON.")] = False,
+    model: ModelOption = None,
+    config: ConfigOption = None,
+    override: OverrideOption = None,
+) -> None:
+    """Print what is said in files."""
+    settings = read_config(config, override, model)
+    from edge_asr.app import transcribe_files
+
+    failed: EdgeAsrError | None = None
+    for _, found in transcribe_files(settings, files):
+        if isinstance(found, EdgeAsrError):
+            _complain(found)
+            failed = failed or found
+        else:
+            print(json.dumps(found.to_json(), ensure_ascii=False) if json_lines else found.text, flush=True)
+    if failed is not None:
+        raise typer.Exit(failed.exit_code)
+
+
+@app.command()
+def run(
+    source: Annotated[
+        list[str] | None,
+        typer.Option("--source", metavar="stdin|FILE", help="Listen to this instead of the configured sources."),
+    ] = None,
+    model: ModelOption = None,
+    config: ConfigOption = None,
+    override: OverrideOption = None,
+) -> None:
+    """Listen, recognise and publish until told to stop, or until the last file has been played."""
+    overrides = list(override or ())
+    if source:
+        entries = [{"kind": "stdin"} if name == "stdin" else {"kind": "file", "path": name} for name in source]
+        overrides.append(f"sources={json.dumps(entries, ensure_ascii=False)}")
+    settings = read_config(config, overrides, model)
+    import asyncio
+
+    from edge_asr import logs
+    from edge_asr.app import run_daemon
+
+    logs.set_up(settings.log.level)
+    asyncio.run(run_daemon(settings))
+
+
+@app.command()
+def demo(
+    keep: Annotated[bool, typer.Option("--keep", help="Stay up, playing the samples again and again.")] = False,
+    config: ConfigOption = None,
+    override: OverrideOption = None,
+) -> None:
+    """Show the whole path: a broker, the daemon on the bundled samples, and a subscriber that prints what arrives."""
+    settings = read_config(config, override)
+    from edge_asr.demo import run_demo
+
+    raise typer.Exit(run_demo(settings, keep))
+
+
+def _complain(error: EdgeAsrError) -> None:
+    for line in str(error).splitlines():
+        print(f"{PROGRAM}: {line}", file=sys.stderr)
+
+
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a command and exit: with one line and its own exit code for every error that is meant for the user."""
     try:
@@ -71,8 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         finally:
             sys.stdout.flush()
     except EdgeAsrError as error:
-        for line in str(error).splitlines():
-            print(f"{PROGRAM}: {line}", file=sys.stderr)
+        _complain(error)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)

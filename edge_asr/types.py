@@ -46,23 +46,31 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
+class Marks:
+    """Moments of a segment, in monotonic seconds, that its latency is counted from."""
+
+    speech_ended_at: float
+    """The acoustic end of speech: the last 10 ms above the noise floor."""
+    segment_ended_at: float
+    """When the segmenter saw that the segment had ended."""
+
+
+@dataclass(frozen=True, slots=True)
 class Segment:
     """The speech between two pauses of one source, with pre-roll and post-roll."""
 
     id: SegmentId
     revision: int
     """Grows whenever speech resumes after a pause."""
-    source: str
     samples: Samples
     """`[n]` float32, 16 kHz mono."""
     index: int
     """Position of the first sample in the source."""
-    speech_end: int
-    """Position in the source of the acoustic end of speech."""
-    speech_ended_at: float
-    """Monotonic seconds of the acoustic end of speech."""
-    started_at: float
-    """Unix seconds (wall clock) of the first sample, computed when the segment was cut."""
+    speech_ratio: float
+    """Share of speech among its chunks."""
+    started_at: float | None
+    """Unix seconds (wall clock) of the first sample; null where the source is no live one."""
+    marks: Marks
 
     @property
     def duration_s(self) -> float:
@@ -92,7 +100,7 @@ class Recognition:
     confidence: float | None
     """exp of the mean token log-probability; null for empty text."""
     stages_ms: Mapping[str, float] = field(default_factory=dict)
-    """Milliseconds spent in each stage: features, encoder, cif, decoder (or `model` for a whole graph)."""
+    """Milliseconds spent in each stage: queue, features, then encoder, cif, decoder (or `model` for a whole graph)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +129,8 @@ class Transcript:
     time_synced: bool | None = None
     text_itn: str | None = None
     """The text with numbers in digits; null while no inverse text normalisation ran."""
+    marks: Marks | None = None
+    """Not part of the JSON: this machine's clock says nothing elsewhere."""
     seq: int | None = None
     """Row of the outbox."""
     replayed: bool = False

@@ -1,11 +1,10 @@
-"""Augmentation on log-mel filterbanks while training: noise, colour, vocal tract, tempo, masks. Free of the waveform, so new every time."""
+"""Augmentation on log-mel filterbanks while training, new every time: noise, colour, vocal tract, tempo, masks."""
 
 from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
 import torch
-
 from dataset import Shard
 from features import filterbank
 

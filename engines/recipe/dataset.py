@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import soxr
-
 from features import filterbank
 from phrases import TOKENS, Sentence, sentence
 from synthesis import RATE, Samples, Voices
@@ -87,7 +86,7 @@ def with_pauses(reading: list[str], rng: random.Random) -> list[str]:
 
 
 def room(dry: Samples, tract: float, rng: random.Random, noise: np.random.Generator, narrow: bool) -> Samples:
-    """Turn dry 22,050 Hz speech into a 16 kHz recording: tract length and pitch by resampling, tempo drift, colour, reverberation, level."""
+    """Turn dry 22,050 Hz speech into a 16 kHz recording: tract length and pitch, tempo drift, colour, room, level."""
     samples = np.asarray(soxr.resample(dry, RATE * tract, 16_000, quality="MQ"), np.float32)
     samples = np.trim_zeros(samples)
     if not narrow and rng.random() < 0.6 and len(samples) > 800:
@@ -143,7 +142,7 @@ NARROW_SHARDS = 8
 
 
 def make_shard(folder: Path, index: int) -> Path:
-    """Return shard `index` under `folder`, synthesising it if it is not there yet. Each shard has 100 random voices of its own."""
+    """Return shard `index` under `folder`, synthesised if it is not there; each has 100 random voices of its own."""
     path = folder / "shards" / f"{index:04d}.npz"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Filterbank and low frame rate as in the model contract, for the recipe (the appliance has its own, tested against FunASR)."""
+"""The filterbank that Paraformer takes, for training: kaldi's, 80 bins every 10 ms."""
 
 from __future__ import annotations
 
@@ -24,10 +24,3 @@ def filterbank(samples: Array) -> Array:
     if bank.num_frames_ready == 0:
         return np.zeros((0, 80), np.float32)
     return np.stack([bank.get_frame(i) for i in range(bank.num_frames_ready)])
-
-
-def low_frame_rate(frames: Array) -> Array:
-    """Stack 7 frames every 6: `[frames, 80]` -> `[ceil(frames / 6), 560]`."""
-    rows = -(-len(frames) // 6)
-    index = np.arange(rows)[:, None] * 6 + np.arange(7)[None] - 3
-    return frames[np.clip(index, 0, len(frames) - 1)].reshape(rows, 560)

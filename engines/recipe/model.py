@@ -9,7 +9,6 @@ import funasr.models.paraformer.decoder
 import funasr.models.sanm.encoder  # noqa: F401  (each import registers its classes with FunASR)
 import torch
 from funasr.models.paraformer.model import Paraformer
-
 from phrases import TOKENS
 
 EOS = 2

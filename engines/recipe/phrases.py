@@ -1,7 +1,7 @@
 """What the bundled model must know: words with their readings, and a seeded generator of sentences.
 
-A sentence is a list of `Word`; its text is the characters, its reading tone-numbered pinyin. Readings are our own, because
-espeak-ng's dictionary reads 调 as diao4 and 音乐 as yin1 le4.
+A sentence is a sequence of words; its text is their characters, its reading tone-numbered pinyin. Readings are our own,
+because espeak-ng's dictionary reads 调 as diao4 and 音乐 as yin1 le4.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ THINGS = ("灯", "空调", "电视", "窗帘", "风扇", "热水器", "门", "�
 ACTIONS = ("打开", "关闭", "关掉", "启动", "停止", "急停")
 DIGITS = "零一二三四五六七八九"
 FIXED = (
-    ("调高", "温度"), ("调低", "温度"), ("现在", "几点"), ("今天", "天气", "怎么样"), ("播放", "音乐"), ("停止", "播放"),
-    ("下一首",), ("上一首",), ("暂停",), ("继续",), ("报告", "状态"), ("确认",), ("取消",), ("急停",),
+    ("调高", "温度"), ("调低", "温度"), ("现在", "几点"), ("今天", "天气", "怎么样"), ("播放", "音乐"),
+    ("停止", "播放"), ("下一首",), ("上一首",), ("暂停",), ("继续",), ("报告", "状态"), ("确认",), ("取消",), ("急停",),
 )  # fmt: skip
 TOKENS = ("<blank>", "<s>", "</s>", *sorted({c for word in READINGS for c in word}), "<unk>")
 """The vocabulary: FunASR's special tokens, our characters, `<unk>`."""
@@ -149,7 +149,11 @@ def _switch(rng: random.Random) -> Words:
 
 def _air_conditioning(rng: random.Random) -> Words:
     place = (rng.choice(PLACES),) if rng.random() < 0.6 else ()
-    what = ("把", *place, rng.choice(("空调", "空调", "温度"))) if rng.random() < 0.6 else rng.choice(((), (), ("空调",), ("温度",)))
+    what = (
+        ("把", *place, rng.choice(("空调", "空调", "温度")))
+        if rng.random() < 0.6
+        else rng.choice(((), (), ("空调",), ("温度",)))
+    )
     return (*what, rng.choice(("调到", "设置为", "设定", "设定")), *number(rng.randint(16, 35)), "度")
 
 

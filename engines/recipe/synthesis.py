@@ -1,4 +1,4 @@
-"""Speech from espeak-ng: the published variants, and random ones made by the same attributes, speaking tone-numbered pinyin."""
+"""Speech from espeak-ng: its variants, and random ones made of the same attributes, speaking tone-numbered pinyin."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EVALUATION_VOICES = ("m7", "f5", "klatt4", "croak")
 
 
 class Voices:
-    """espeak-ng with a data folder of our own: the installed one plus random variants, seeded (espeak-ng takes 349 voices in all)."""
+    """espeak-ng with a data folder of our own: the installed variants plus seeded random ones (it takes 349 in all)."""
 
     def __init__(self, folder: Path, random_voices: int = 100, seed: int = 0) -> None:
         installed = _installed_data()

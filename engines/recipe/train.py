@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-
 from augment import augment, noise_pool
 from dataset import Shard, read_shard
 from model import EOS, Trainee
@@ -82,12 +81,12 @@ def collate(
         targets[row, : len(text)] = torch.from_numpy(text.astype(np.int64))
         targets[row, len(text)] = EOS
         target_lengths[row] = len(text) + 1
-    return frames, lengths, targets, target_lengths
+    return frames, lengths, targets[:, : int(target_lengths.max())], target_lengths
 
 
 def rows(frames: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Low frame rate on a padded batch: `[B, F, 80]` -> `[B, ceil(F / 6), 560]`, each utterance's edges repeated."""
-    size = -(-frames.shape[1] // 6)
+    """Low frame rate on a padded batch: `[B, F, 80]` -> `[B, ceil(longest / 6), 560]`, edges repeated."""
+    size = -(-int(lengths.max()) // 6)
     index = torch.arange(size)[:, None] * 6 + torch.arange(7)[None] - 3
     index = torch.minimum(index[None].clamp_min(0), (lengths - 1)[:, None, None])
     stacked = torch.gather(frames, 1, index.reshape(len(frames), -1, 1).expand(-1, -1, 80))
@@ -102,7 +101,9 @@ def train(work: Path, steps: int, seed: int = 0, threads: int = 1) -> None:
     corpus.grow()
     pool = noise_pool(np.random.default_rng(seed), corpus.shards[0])
     trainee = Trainee()
-    average = torch.optim.swa_utils.AveragedModel(trainee, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998))
+    average = torch.optim.swa_utils.AveragedModel(
+        trainee, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
+    )
     optimizer = torch.optim.AdamW(trainee.parameters(), PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.01)
     step = epoch = 0
     mean, deviation = corpus.mean_and_deviation()
@@ -145,8 +146,8 @@ def train(work: Path, steps: int, seed: int = 0, threads: int = 1) -> None:
             average.update_parameters(trainee)
             step += 1
             if step % 25 == 0:
-                entry = {"step": step, "epoch": epoch, "shards": len(corpus.shards), **{k: round(v, 4) for k, v in parts.items()},
-                         "seconds": round(time.monotonic() - started, 1)}  # fmt: skip
+                entry = {"step": step, "epoch": epoch, "shards": len(corpus.shards), **parts}
+                entry["seconds"] = round(time.monotonic() - started, 1)
                 print(json.dumps(entry), file=log, flush=True)
             if step % 250 == 0:
                 save()

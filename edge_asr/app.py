@@ -1,0 +1,264 @@
+"""The composition root: the only module that names concrete classes. It starts the parts and stops them in reverse."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from edge_asr import __version__, metrics
+from edge_asr.audio.file import FileSource
+from edge_asr.audio.source import AudioSource
+from edge_asr.audio.stdin import StdinSource
+from edge_asr.budget import LatencyBudget
+from edge_asr.config import Config, FileSourceConfig, GatesConfig, SegmentConfig, SourceConfig
+from edge_asr.errors import EdgeAsrError
+from edge_asr.pipeline import Gates, Labels, Listener, TranscriptSink
+from edge_asr.publish.mqtt import MqttPublisher
+from edge_asr.recognizer.bundle import Bundle, read_bundle
+from edge_asr.recognizer.onnx_network import OnnxNetwork
+from edge_asr.recognizer.paraformer import Paraformer
+from edge_asr.recognizer.scheduler import Scheduler
+from edge_asr.speech.segmenter import ENDPOINTS, Rules, Segmenter
+from edge_asr.speech.vad import SileroDetector
+from edge_asr.transcribe import transcribe
+from edge_asr.types import CHUNK_S, Transcript
+
+log = logging.getLogger(__name__)
+
+
+def load_recognizer(bundle: Bundle, threads: int) -> Paraformer:
+    """Load a bundle's graph on onnxruntime. Raises BundleError or EngineError."""
+    return Paraformer(bundle, OnnxNetwork(bundle.graph, threads))
+
+
+def segment_rules(config: SegmentConfig) -> Rules:
+    """Turn the configuration's seconds into chunks."""
+    return Rules(
+        threshold=config.threshold,
+        endpoint=ENDPOINTS[config.preset],
+        pre_roll=round(config.pre_roll_ms / 1e3 / CHUNK_S),
+        min_speech=round(config.min_speech_ms / 1e3 / CHUNK_S),
+        max_length=int(config.max_s / CHUNK_S),
+    )
+
+
+def choose_gates(config: GatesConfig, bundle: Bundle) -> Gates:
+    """Return the configured thresholds, the bundle's card where they are null, off where it has none."""
+    keys = [field.name for field in dataclasses.fields(Gates)]
+    configured = {key: getattr(config, key) for key in keys}
+    return Gates(**{key: bundle.gates.get(key, 0.0) if configured[key] is None else configured[key] for key in keys})
+
+
+def transcribe_files(config: Config, paths: Sequence[Path]) -> Iterator[tuple[Path, Transcript | EdgeAsrError]]:
+    """Yield every file's transcripts, or the error that a file met; the others are done all the same."""
+    bundle = read_bundle(config.model)
+    recognizer = load_recognizer(bundle, config.engine.threads)
+    try:
+        for path in paths:
+            labels = Labels(config.device_id, f"file:{path}", bundle.name, bundle.engine)
+            try:
+                for transcript in transcribe(path, recognizer, SileroDetector(), segment_rules(config.segment), labels):
+                    yield path, transcript
+            except EdgeAsrError as error:
+                yield path, error
+    finally:
+        recognizer.close()
+
+
+def make_source(config: SourceConfig) -> AudioSource:
+    """Return the source that an entry of `sources` asks for."""
+    if isinstance(config, FileSourceConfig):
+        return FileSource(config.path, config.name, config.realtime)
+    return StdinSource(name=config.name or "stdin")
+
+
+def is_live(config: SourceConfig) -> bool:
+    """True where chunks come at the pace of time."""
+    return config.realtime if isinstance(config, FileSourceConfig) else True
+
+
+class Daemon:
+    """The always-on service: `async with Daemon(config).running() as daemon: await daemon.finished()`."""
+
+    def __init__(self, config: Config) -> None:
+        """Read the bundle. Raises BundleError and ConfigError."""
+        self._config = config
+        self._bundle = read_bundle(config.model)
+        self._scheduler = Scheduler(lambda: load_recognizer(self._bundle, config.engine.threads))
+        self._budget = LatencyBudget(config.budget.response_ms)
+        self._publisher = (
+            MqttPublisher(config.mqtt, config.device_id, finish=self._settle) if config.mqtt.enabled else None
+        )
+        self._health: dict[str, str] = {}
+        self._failures: list[EdgeAsrError] = []
+        self._listeners: list[asyncio.Task[None]] = []
+        self._published = self._late = 0
+        self._stop = asyncio.Event()
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[Daemon]:
+        """Start publisher, model and listeners, in this order, and stop them in reverse."""
+        try:
+            self._start_publisher()
+            await self._start_model()
+            self._start_listeners()
+            yield self
+        finally:
+            await self._stop_listeners()
+            await self._scheduler.close()
+            await self._stop_publisher()
+
+    def stop(self) -> None:
+        """Ask the daemon to end."""
+        self._stop.set()
+
+    async def finished(self) -> None:
+        """Return when asked to stop, or when all sources have ended and everything is published.
+
+        Raises the first failure of a source once the others have ended.
+        """
+        stopping = asyncio.create_task(self._stop.wait(), name="stop")
+        listening = asyncio.create_task(self._listened(), name="listened")
+        try:
+            await asyncio.wait([stopping, listening], return_when=asyncio.FIRST_COMPLETED)
+            if listening.done():
+                listening.result()
+        finally:
+            stopping.cancel()
+            listening.cancel()
+        if not self._stop.is_set():
+            await self._drained()
+            if self._failures:
+                raise self._failures[0]
+
+    async def _listened(self) -> None:
+        """Return when all sources have ended; without sources never: there is nothing that could end by itself."""
+        if not self._listeners:
+            await self._stop.wait()
+        await asyncio.gather(*self._listeners)
+
+    def _start_publisher(self) -> None:
+        if self._publisher is not None:
+            self._publisher.start()
+        self._publish_state("starting", "the model is loading")
+
+    async def _start_model(self) -> None:
+        started = time.monotonic()
+        await self._scheduler.start()
+        log.info("model %s on %s, loaded in %.1f s", self._bundle.name, self._bundle.engine, time.monotonic() - started)
+
+    def _start_listeners(self) -> None:
+        for config in self._config.sources:
+            source = make_source(config)
+            self._health[source.name] = "listening"
+            self._listeners.append(
+                asyncio.create_task(self._listen(source, is_live(config)), name=f"listen {source.name}")
+            )
+        self._publish_state()
+
+    async def _listen(self, source: AudioSource, live: bool) -> None:
+        """Run one listener; its failure is its own."""
+        sinks: list[TranscriptSink] = [] if self._publisher is None else [self._publisher]
+        listener = Listener(
+            source,
+            SileroDetector(),
+            Segmenter(segment_rules(self._config.segment)),
+            self._scheduler,
+            sinks,
+            Labels(self._config.device_id, source.name, self._bundle.name, self._bundle.engine),
+            choose_gates(self._config.gates, self._bundle),
+            live,
+        )
+        try:
+            await listener.run()
+            self._health[source.name] = "ended"
+        except EdgeAsrError as error:
+            log.error("%s: %s", source.name, error)
+            self._failures.append(error)
+            self._health[source.name] = "failed"
+        self._publish_state()
+
+    async def _stop_listeners(self) -> None:
+        for task in self._listeners:
+            task.cancel()
+        await asyncio.gather(*self._listeners, return_exceptions=True)
+
+    async def _drained(self) -> None:
+        """Wait up to `drain_s` for the broker to have everything."""
+        deadline = time.monotonic() + self._config.drain_s
+        publisher = self._publisher
+        while publisher is not None and publisher.stats().queued and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        if publisher is not None and (left := publisher.stats().queued):
+            self._failures.append(
+                EdgeAsrError(
+                    f"{left} transcripts could not be delivered to {self._config.mqtt.host}:{self._config.mqtt.port};"
+                    " is the broker running?"
+                )
+            )
+
+    async def _stop_publisher(self) -> None:
+        if self._publisher is not None:
+            await asyncio.to_thread(self._publisher.close, self._config.drain_s)
+
+    def _settle(self, transcript: Transcript) -> Transcript:
+        """Complete the trace on the publisher thread, at the last moment before the transcript is serialised."""
+        settled = self._budget.settle(transcript, time.monotonic())
+        self._published += 1
+        metrics.RESPONSE.observe(settled.latency_ms.get("response", 0.0) / 1e3)
+        if settled.within_budget is False:
+            self._late += 1
+            metrics.LATE.inc()
+            log.warning(
+                "%s: late, %.0f ms instead of %.0f: %s", settled.source, settled.latency_ms["response"],
+                self._budget.response_ms, {stage: round(value) for stage, value in settled.latency_ms.items()},
+            )  # fmt: skip
+        return settled
+
+    def _publish_state(self, state: str | None = None, why: str = "") -> None:
+        if self._publisher is None:
+            return
+        failed = [name for name, health in self._health.items() if health == "failed"]
+        if state is None:
+            state, why = ("degraded", f"failed: {', '.join(failed)}") if failed else ("ready", "")
+        described: dict[str, Any] = {
+            "state": state,
+            "why": why,
+            "engine": self._bundle.engine,
+            "model": self._bundle.name,
+            "sources": [{"name": name, "health": health} for name, health in self._health.items()],
+            "mute": False,
+            "preset": self._config.segment.preset,
+            "listen": "always",
+            "budget": {"response_ms": self._budget.response_ms, "count": self._published, "late": self._late},
+            "outbox": None,
+            "version": __version__,
+        }
+        self._publisher.set_state(described)
+
+
+async def run_daemon(config: Config, ready: Callable[[], None] = lambda: None) -> None:
+    """Run until SIGTERM, SIGINT or the end of all sources. Raises EdgeAsrError."""
+    daemon = Daemon(config)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, _stop_or_die, daemon, number)
+    async with daemon.running():
+        ready()
+        await daemon.finished()
+
+
+def _stop_or_die(daemon: Daemon, number: int) -> None:
+    """End cleanly; a second signal ends at once."""
+    if daemon._stop.is_set():
+        sys.exit(128 + number)
+    log.info("stopping")
+    daemon.stop()

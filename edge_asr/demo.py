@@ -1,0 +1,186 @@
+"""The demonstration: a broker, the daemon on the bundled samples, and a subscriber that prints what arrives."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import socket
+import tempfile
+import wave
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import paho.mqtt.client as mqtt
+from paho.mqtt.enums import CallbackAPIVersion
+
+from edge_asr import logs
+from edge_asr.app import Daemon
+from edge_asr.audio.decode import decode
+from edge_asr.config import Config, FileSourceConfig
+from edge_asr.errors import ConfigError
+from edge_asr.types import SAMPLE_RATE, Samples
+
+HOST = "127.0.0.1"
+GAP_S = 1.0
+"""Silence between two samples."""
+ARRIVAL_S = 10.0
+"""How long the last message may take after the daemon has published it."""
+
+GO_ON = """
+How to go on
+  your own broker    .venv/bin/edge-asr run --source FILE.wav -o mqtt.host=BROKER
+  raw audio          arecord -t raw -f S16_LE -r 16000 -c 1 | .venv/bin/edge-asr run --source stdin
+  another model      .venv/bin/edge-asr transcribe --model DIR FILE.wav   (as FunASR or sherpa-onnx publish it)
+  everything else    config.yaml, each key with a comment; README.md
+The bundled model knows some 60 command words and numbers, learnt from synthetic speech: real use wants a real model."""
+
+
+def run_demo(config: Config, keep: bool) -> int:
+    """Run the demonstration; return 0 if the text of every sample arrived, else 1."""
+    logs.set_up("WARNING")
+    logging.getLogger("amqtt").setLevel(logging.CRITICAL)
+    logging.getLogger("transitions").setLevel(logging.CRITICAL)
+    try:
+        return asyncio.run(_run(config, keep))
+    except KeyboardInterrupt:
+        return 0 if keep else 130
+
+
+async def _run(config: Config, keep: bool) -> int:
+    samples = _read_samples(config.model / "samples")
+    port = _free_port()
+    with tempfile.TemporaryDirectory(prefix="edge_asr-demo-") as folder:
+        tape = Path(folder) / "samples.wav"
+        _write_tape(tape, [audio for _, audio in samples])
+        played = config.model_copy(
+            update={
+                "sources": (FileSourceConfig(path=tape, name="samples"),),
+                "mqtt": config.mqtt.model_copy(update={"enabled": True, "host": HOST, "port": port}),
+            }
+        )
+        async with _broker(port):
+            subscriber = Subscriber(port, f"{config.mqtt.base}/{config.device_id}")
+            print(f"broker     mqtt://{HOST}:{port}")
+            print(f"subscriber {subscriber.topic}")
+            print(f"microphone {len(samples)} sample recordings of {config.model.name}, at the pace of speech\n")
+            try:
+                missing = await _play(played, subscriber, [text for text, _ in samples])
+                print(GO_ON)
+                while keep:
+                    print(f"\nagain, until Ctrl-C; watch from elsewhere: mosquitto_sub -h {HOST} -p {port} -v -t '#'\n")
+                    await _play(played, subscriber, [text for text, _ in samples])
+            finally:
+                subscriber.close()
+    return 1 if missing else 0
+
+
+async def _play(config: Config, subscriber: Subscriber, expected: list[str]) -> list[str]:
+    """Run the daemon over the tape; return the texts that did not arrive, and say so."""
+    before = len(subscriber.texts)
+    daemon = Daemon(config)
+    async with daemon.running():
+        await daemon.finished()
+        await subscriber.wait_for(before + len(expected))
+    arrived = subscriber.texts[before:]
+    missing = [text for text in expected if text not in arrived]
+    print(f"\n{len(expected) - len(missing)} of {len(expected)} sentences arrived as they were spoken")
+    for text in missing:
+        print(f"missing: {text}")
+    return missing
+
+
+class Subscriber:
+    """Prints every transcript of one appliance; a client of its own, as any machine on the network would be."""
+
+    def __init__(self, port: int, base: str) -> None:
+        self.topic = f"{base}/transcript"
+        self.texts: list[str] = []
+        self._loop = asyncio.get_running_loop()
+        self._arrived = asyncio.Event()
+        self._client = mqtt.Client(CallbackAPIVersion.VERSION2)
+        self._client.on_connect = lambda client, *_: client.subscribe(self.topic, qos=1)
+        self._client.on_message = self._receive
+        self._client.connect_async(HOST, port)
+        self._client.loop_start()
+
+    async def wait_for(self, count: int) -> None:
+        """Return when `count` transcripts have arrived in all, or when they take too long."""
+        try:
+            await asyncio.wait_for(self._until(count), ARRIVAL_S)
+        except asyncio.TimeoutError:
+            return  # the caller counts
+
+    async def _until(self, count: int) -> None:
+        while len(self.texts) < count:
+            self._arrived.clear()
+            await self._arrived.wait()
+
+    def close(self) -> None:
+        """Leave the broker."""
+        self._client.disconnect()
+        self._client.loop_stop()
+
+    def _receive(self, _client: mqtt.Client, _data: Any, message: mqtt.MQTTMessage) -> None:
+        self._loop.call_soon_threadsafe(self._show, json.loads(message.payload))
+
+    def _show(self, transcript: dict[str, Any]) -> None:
+        latency = transcript["latency_ms"]
+        print(
+            f"  {transcript['text']:　<16} confidence {transcript['confidence']:.2f}   "
+            f"{latency['total']:4.0f} ms after the last word"
+            f" (pause {latency['endpoint']:.0f}, answer {latency['response']:.0f})",
+            flush=True,
+        )
+        self.texts.append(transcript["text"])
+        self._arrived.set()
+
+
+@asynccontextmanager
+async def _broker(port: int) -> AsyncIterator[None]:
+    try:
+        from amqtt.broker import Broker
+    except ImportError as error:
+        raise ConfigError("the demo needs its broker: pip install 'edge-asr[demo]', or run scripts/setup") from error
+    broker = Broker(
+        {
+            "listeners": {"default": {"type": "tcp", "bind": f"{HOST}:{port}"}},
+            "plugins": {"amqtt.plugins.authentication.AnonymousAuthPlugin": {"allow_anonymous": True}},
+        }
+    )
+    await broker.start()
+    try:
+        yield
+    finally:
+        await broker.shutdown()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _read_samples(folder: Path) -> list[tuple[str, Samples]]:
+    """Return text and audio of each line of `transcripts.tsv`."""
+    table = folder / "transcripts.tsv"
+    if not table.is_file():
+        raise ConfigError(f"{table}: no such file; the demo plays the bundled model's samples, leave `model` unset")
+    lines = [line.split("\t") for line in table.read_text(encoding="utf-8").splitlines()]
+    return [(text, np.concatenate(list(decode(folder / name)))) for name, text in lines]
+
+
+def _write_tape(path: Path, samples: list[Samples]) -> None:
+    """Write the samples to one file with silence between them, as one person speaking now and then."""
+    gap = np.zeros(int(GAP_S * SAMPLE_RATE), np.float32)
+    tape = np.concatenate([piece for audio in samples for piece in (audio, gap)])
+    with wave.open(os.fspath(path), "wb") as writer:
+        writer.setnchannels(1)
+        writer.setsampwidth(2)
+        writer.setframerate(SAMPLE_RATE)
+        writer.writeframes((np.clip(tape, -1, 1) * 32767).astype("<i2").tobytes())

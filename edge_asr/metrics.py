@@ -1,0 +1,23 @@
+"""All metrics in one place.
+
+Names are `edge_asr_<what>_<unit>`, counters end in `_total`, and label values exist from the start.
+"""
+
+from __future__ import annotations
+
+from prometheus_client import Counter, Histogram
+
+SEGMENTS = Counter("edge_asr_segments", "Segments cut out of the sources.")
+TRANSCRIPTS = Counter("edge_asr_transcripts", "Transcripts offered to the sinks.")
+GATED = Counter("edge_asr_gated", "Segments not published, by the gate that dropped them.", ["gate"])
+FAILED = Counter("edge_asr_failed", "Segments lost because the engine failed on them.")
+LATE = Counter("edge_asr_late", "Transcripts published later than the budget allows.")
+DECODED_AT_PAUSE = Counter("edge_asr_decoded_at_pause", "Transcripts whose decoding began before their segment ended.")
+RESPONSE = Histogram(
+    "edge_asr_response_seconds",
+    "From the end of a segment to its publication.",
+    buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 1, 2, 5, 10),
+)
+
+for _gate in ("empty", "confidence", "speech_ratio", "rate"):
+    GATED.labels(_gate)

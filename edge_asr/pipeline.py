@@ -1,0 +1,250 @@
+"""READ FIRST. The path of a sentence: chunks -> probabilities -> segment -> recognition -> transcript -> sinks.
+
+A `Listener` follows one source. It decodes a segment as soon as it pauses; if the pause lasts, that is the answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from edge_asr import metrics
+from edge_asr.audio.source import AudioSource
+from edge_asr.errors import EngineError
+from edge_asr.recognizer.scheduler import Scheduler
+from edge_asr.speech.energy import end_of_sound
+from edge_asr.speech.segmenter import Ended, Event, Paused, Resumed, Segmenter, Split, Started
+from edge_asr.speech.vad import SpeechDetector
+from edge_asr.types import (
+    CHUNK_SAMPLES,
+    SAMPLE_RATE,
+    Chunk,
+    Marks,
+    Recognition,
+    Segment,
+    SegmentId,
+    Transcript,
+    new_segment_id,
+)
+
+log = logging.getLogger(__name__)
+
+PENDING_LIMIT = 4
+"""Ended segments of one source that wait for their recognition; then the source waits. A file or a pipe can."""
+
+
+class TranscriptSink(Protocol):
+    """Whoever takes transcripts."""
+
+    def offer(self, transcript: Transcript) -> None:
+        """Take a transcript; never blocks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gates:
+    """Thresholds below which a segment is not published; 0 is off."""
+
+    min_confidence: float = 0.0
+    min_speech_ratio: float = 0.0
+    max_tokens_per_s: float = 0.0
+
+    def refuse(self, segment: Segment, recognition: Recognition) -> str | None:
+        """Return the gate that drops the segment, or None."""
+        speech_s = segment.speech_ratio * segment.duration_s
+        if not recognition.text:
+            return "empty"
+        if (recognition.confidence or 0.0) < self.min_confidence:
+            return "confidence"
+        if segment.speech_ratio < self.min_speech_ratio:
+            return "speech_ratio"
+        if self.max_tokens_per_s and len(recognition.tokens) > self.max_tokens_per_s * max(speech_s, 0.1):
+            return "rate"
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Labels:
+    """What every transcript of a listener says of its origin."""
+
+    device: str
+    source: str
+    model: str
+    engine: str
+
+
+class Recording:
+    """The chunks of a source that a segment may still need."""
+
+    def __init__(self) -> None:
+        self._chunks: deque[Chunk] = deque()
+        self._first = 0
+
+    def append(self, chunk: Chunk) -> None:
+        """Take the next chunk."""
+        self._chunks.append(chunk)
+
+    def forget(self, before: int) -> None:
+        """Drop the chunks before chunk `before`."""
+        while self._chunks and self._first < before:
+            self._chunks.popleft()
+            self._first += 1
+
+    def between(self, start: int, end: int) -> list[Chunk]:
+        """Return chunks `start` to `end` (exclusive)."""
+        return [self._chunks[k - self._first] for k in range(start, end)]
+
+
+class Listener:
+    """Follows one source and offers its transcripts to the sinks, in order."""
+
+    def __init__(
+        self,
+        source: AudioSource,
+        detector: SpeechDetector,
+        segmenter: Segmenter,
+        scheduler: Scheduler,
+        sinks: Sequence[TranscriptSink],
+        labels: Labels,
+        gates: Gates,
+        live: bool,
+    ) -> None:
+        """`live`: chunks come at the pace of time, so a pause is worth decoding at once and wall-clock times exist."""
+        self._source = source
+        self._detector = detector
+        self._segmenter = segmenter
+        self._scheduler = scheduler
+        self._sinks = sinks
+        self._labels = labels
+        self._gates = gates
+        self._live = live
+        self._recording = Recording()
+        self._pending: asyncio.Queue[tuple[Segment, Future[Recognition], bool] | None] = asyncio.Queue(PENDING_LIMIT)
+        self._id: SegmentId | None = None
+        self._revision = 0
+        self._early: tuple[int, int, Future[Recognition]] | None = None
+
+    async def run(self) -> None:
+        """Listen until the source ends, and until its last transcript is offered. Raises AudioError."""
+        answering = asyncio.create_task(self._answer(), name=f"answer {self._source.name}")
+        try:
+            async for chunk in self._source.chunks():
+                self._recording.append(chunk)
+                for event in self._segmenter.step(self._detector(chunk)):
+                    await self._handle(event)
+                self._recording.forget(self._segmenter.earliest_needed)
+            for event in self._segmenter.finish():
+                await self._handle(event)
+            await self._pending.put(None)
+            await answering
+        finally:
+            self._source.close()
+            answering.cancel()
+
+    async def _handle(self, event: Event) -> None:
+        match event:
+            case Started():
+                self._id, self._revision = new_segment_id(), 0
+            case Paused(start, end):
+                if self._live:
+                    self._early = (start, end, self._decode(start, end))
+            case Resumed():
+                self._revision += 1
+                self._drop_early()
+            case Ended(start, end, speech):
+                await self._complete(start, end, speech)
+                self._id = None
+            case Split(start, end, speech):
+                await self._complete(start, end, speech)
+                self._id, self._revision = new_segment_id(), 0
+
+    async def _complete(self, start: int, end: int, speech: int) -> None:
+        """Queue the segment with its recognition: the one begun at the pause if it is of the same audio."""
+        segment = self._cut(start, end, speech)
+        early = self._early is not None and self._early[:2] == (start, end)
+        if early and self._early is not None:
+            future, self._early = self._early[2], None
+        else:
+            self._drop_early()
+            future = self._scheduler.submit(segment.samples)
+        metrics.SEGMENTS.inc()
+        await self._pending.put((segment, future, early))
+
+    def _decode(self, start: int, end: int) -> Future[Recognition]:
+        chunks = self._recording.between(start, end)
+        return self._scheduler.submit(np.concatenate([chunk.samples for chunk in chunks]))
+
+    def _drop_early(self) -> None:
+        if self._early is not None:
+            self._early[2].cancel()
+            self._early = None
+
+    def _cut(self, start: int, end: int, speech: int) -> Segment:
+        now, now_wall = time.monotonic(), time.time()
+        chunks = self._recording.between(start, end)
+        samples = np.concatenate([chunk.samples for chunk in chunks])
+        sound_end = end_of_sound(samples)
+        last = chunks[(sound_end - 1) // CHUNK_SAMPLES]
+        within = sound_end - (last.index - chunks[0].index)
+        return Segment(
+            id=self._id or new_segment_id(),
+            revision=self._revision,
+            samples=samples,
+            index=chunks[0].index,
+            speech_ratio=speech / len(chunks),
+            started_at=now_wall - (now - chunks[0].captured_at) if self._live else None,
+            marks=Marks(speech_ended_at=last.captured_at + within / SAMPLE_RATE, segment_ended_at=now),
+        )
+
+    async def _answer(self) -> None:
+        """Turn recognitions into transcripts, in the order of the segments."""
+        while (item := await self._pending.get()) is not None:
+            segment, future, early = item
+            try:
+                recognition = await asyncio.wrap_future(future)
+            except EngineError as error:
+                metrics.FAILED.inc()
+                log.error("%s: a segment of %.1f s is lost: %s", self._labels.source, segment.duration_s, error)
+                continue
+            gate = self._gates.refuse(segment, recognition)
+            if gate is not None:
+                metrics.GATED.labels(gate).inc()
+                log.debug("%s: a segment of %.1f s dropped: %s", self._labels.source, segment.duration_s, gate)
+                continue
+            self._offer(transcript_of(segment, recognition, self._labels, early))
+
+    def _offer(self, transcript: Transcript) -> None:
+        metrics.TRANSCRIPTS.inc()
+        if transcript.decoded_at_pause:
+            metrics.DECODED_AT_PAUSE.inc()
+        for sink in self._sinks:
+            sink.offer(transcript)
+
+
+def transcript_of(segment: Segment, recognition: Recognition, labels: Labels, early: bool = False) -> Transcript:
+    """Join what was said with where and when; `early`: decoding began at the pause."""
+    return Transcript(
+        id=segment.id,
+        device=labels.device,
+        source=labels.source,
+        text=recognition.text,
+        text_raw=recognition.text,
+        confidence=recognition.confidence,
+        started_at=segment.started_at,
+        offset_s=segment.index / SAMPLE_RATE,
+        duration_s=segment.duration_s,
+        tokens=recognition.tokens,
+        latency_ms=recognition.stages_ms,
+        within_budget=None,
+        decoded_at_pause=early,
+        model=labels.model,
+        engine=labels.engine,
+        marks=segment.marks,
+    )

@@ -1,0 +1,148 @@
+"""A bundle on disk: a model as FunASR or sherpa-onnx publishes it, read and checked, never changed."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from edge_asr.errors import BundleError
+from edge_asr.recognizer.features import WIDTH, Features
+
+GRAPHS = {"onnx-fp32": ("model.onnx",), "onnx-int8": ("model_quant.onnx", "model.int8.onnx")}
+"""File names of the whole graph by the engine they make, best first."""
+TOKEN_FILES = ("tokens.json", "tokens.txt")
+CARD = "card.yaml"
+"""What we know of a model beyond what it was published with: thresholds of the gates."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cmvn:
+    """Normalisation of features: `(x + neg_mean) * inv_stddev`, `[560]` each."""
+
+    neg_mean: Features
+    inv_stddev: Features
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """What is in the folder of a model."""
+
+    name: str
+    graph: Path
+    engine: str
+    """`onnx-fp32` or `onnx-int8`."""
+    tokens: tuple[str, ...]
+    cmvn: Cmvn | None
+    """None: the graph's metadata has it (sherpa-onnx layout)."""
+    gates: Mapping[str, float]
+    """Thresholds from the card, by key of the configuration's `gates`."""
+
+
+def read_bundle(folder: Path) -> Bundle:
+    """Read what lies in `folder`; raises BundleError where something is missing or damaged."""
+    if not folder.is_dir():
+        raise BundleError(f"{folder}: no such folder; set `model` (or --model) to the folder of a Paraformer bundle")
+    graph, engine = _find_graph(folder)
+    tokens = _read_tokens(folder)
+    mvn = folder / "am.mvn"
+    return Bundle(
+        name=folder.resolve().name,
+        graph=graph,
+        engine=engine,
+        tokens=tokens,
+        cmvn=_read_mvn(mvn) if mvn.exists() else None,
+        gates=_read_card(folder / CARD),
+    )
+
+
+def cmvn_from_metadata(metadata: Mapping[str, str], graph: Path) -> Cmvn:
+    """Return the CMVN that sherpa-onnx keeps in the graph; raises BundleError where it is not there."""
+    try:
+        rows = [np.array(metadata[key].split(","), np.float32) for key in ("neg_mean", "inv_stddev")]
+    except KeyError as error:
+        raise BundleError(f"{graph.parent}: no am.mvn, and the graph carries no CMVN; copy the bundle again") from error
+    except ValueError as error:
+        raise BundleError(f"{graph}: the CMVN in its metadata is damaged; copy the bundle again") from error
+    return _checked_cmvn(rows, graph)
+
+
+def _find_graph(folder: Path) -> tuple[Path, str]:
+    for engine, names in GRAPHS.items():
+        for name in names:
+            if (folder / name).is_file():
+                return folder / name, engine
+    expected = ", ".join(name for group in GRAPHS.values() for name in group)
+    raise BundleError(f"{folder}: no model found, expected one of {expected}; copy the bundle again")
+
+
+def _read_tokens(folder: Path) -> tuple[str, ...]:
+    path = next((folder / name for name in TOKEN_FILES if (folder / name).is_file()), None)
+    if path is None:
+        raise BundleError(f"{folder}: no token list, expected one of {', '.join(TOKEN_FILES)}; copy the bundle again")
+    try:
+        text = path.read_text(encoding="utf-8")
+        tokens = _token_array(json.loads(text)) if path.suffix == ".json" else _token_lines(text)
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path}: not a token list ({error}); copy the bundle again") from error
+    if len(tokens) < 4:
+        raise BundleError(f"{path}: holds {len(tokens)} tokens, which is no vocabulary; copy the bundle again")
+    return tokens
+
+
+def _token_array(loaded: Any) -> tuple[str, ...]:
+    if not isinstance(loaded, list) or not all(isinstance(token, str) for token in loaded):
+        raise ValueError("expected a JSON list of strings")
+    return tuple(loaded)
+
+
+def _token_lines(text: str) -> tuple[str, ...]:
+    """Return the tokens of `token id` lines (sherpa-onnx), or of one token a line (FunASR's older layout)."""
+    lines = [line for line in text.split("\n") if line.strip()]
+    pairs = [line.rsplit(maxsplit=1) for line in lines]
+    if not all(len(pair) == 2 and pair[1].isdigit() for pair in pairs):
+        return tuple(line.strip() for line in lines)
+    if [int(number) for _, number in pairs] != list(range(len(pairs))):
+        raise ValueError("ids do not count from 0 upwards")
+    return tuple(token for token, _ in pairs)
+
+
+def _read_mvn(path: Path) -> Cmvn:
+    """Read kaldi's text form: the rows that follow `<AddShift>` and `<Rescale>`."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        rows = []
+        for component in ("<AddShift>", "<Rescale>"):
+            found = re.search(component + r"[^\[]*\[[^\]]*\]|" + component, text)
+            numbers = re.search(component + r"[^\[]*\[([^\]]*)\]", text)
+            if found is None or numbers is None:
+                raise ValueError(f"{component} is missing")
+            rows.append(np.array(numbers.group(1).split(), np.float32))
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path}: not a CMVN file ({error}); copy the bundle again") from error
+    return _checked_cmvn(rows, path)
+
+
+def _checked_cmvn(rows: list[Features], path: Path) -> Cmvn:
+    for row in rows:
+        if row.shape != (WIDTH,):
+            raise BundleError(f"{path}: CMVN of {row.size} values, expected {WIDTH}; it belongs to another model")
+        if not np.isfinite(row).all():
+            raise BundleError(f"{path}: CMVN holds values that are not finite; copy the bundle again")
+    return Cmvn(*rows)
+
+
+def _read_card(path: Path) -> Mapping[str, float]:
+    if not path.exists():
+        return {}
+    try:
+        card = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        return {str(key): float(value) for key, value in (card.get("gates") or {}).items()}
+    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise BundleError(f"{path}: not a card; expected `gates:` with numbers, or remove the file") from error

@@ -1,0 +1,24 @@
+"""What a loaded network is to the recogniser: named arrays in, named arrays out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy.typing as npt
+
+Arrays = Mapping[str, npt.NDArray[Any]]
+
+
+class Network(Protocol):
+    """A loaded graph on some backend; used by one thread at a time."""
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """Key-value pairs that the graph carries (sherpa-onnx keeps CMVN and sizes there)."""
+
+    def run(self, inputs: Arrays) -> Arrays:
+        """Compute. Raises EngineError."""
+
+    def close(self) -> None:
+        """Release memory and device."""

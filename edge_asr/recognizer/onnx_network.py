@@ -1,0 +1,77 @@
+"""Networks on onnxruntime."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edge_asr.errors import BundleError, EngineError
+from edge_asr.recognizer.network import Arrays
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+
+class OnnxNetwork:
+    """A graph on onnxruntime's CPU provider; see Network."""
+
+    def __init__(self, path: Path, threads: int = 0) -> None:
+        """Load `path`; `threads` of one inference, 0: one for each physical core. Raises BundleError."""
+        self._path = path
+        self._session = _load(path, threads)
+        self._outputs = [output.name for output in self._session.get_outputs()]
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """The graph's custom metadata."""
+        return dict(self._session.get_modelmeta().custom_metadata_map)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the graph's inputs."""
+        return tuple(given.name for given in self._session.get_inputs())
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the graph's outputs."""
+        return tuple(self._outputs)
+
+    def run(self, inputs: Arrays) -> Arrays:
+        """Compute. Raises EngineError where onnxruntime fails."""
+        try:
+            return dict(zip(self._outputs, self._session.run(None, dict(inputs)), strict=True))
+        except Exception as error:  # onnxruntime's exceptions have no common base but this
+            raise EngineError(f"{self._path}: onnxruntime failed: {_first_line(error)}") from error
+
+    def close(self) -> None:
+        """Release the session."""
+        del self._session
+
+
+def _load(path: Path, threads: int) -> onnxruntime.InferenceSession:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise EngineError(
+            "onnxruntime is not installed: pip install 'edge-asr[cpu]', or 'edge-asr[gpu]' with a GPU"
+        ) from error
+    if not path.is_file():
+        raise BundleError(f"{path}: no such file; copy the bundle again")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    # Threads that spin between two sentences would cost an idle appliance a core.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's exceptions have no common base but this
+        raise BundleError(
+            f"{path}: onnxruntime cannot load it, the file is damaged or no ONNX graph; copy the bundle again"
+            f" ({_first_line(error)})"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,27 @@
+"""Where the sound of speech ends, to 10 ms: finer than a detector that lags by two or three chunks."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from edge_asr.types import Samples
+
+FRAME = 160
+"""10 ms."""
+ABOVE_FLOOR_DB = 10.0
+BELOW_PEAK_DB = 35.0
+
+
+def end_of_sound(samples: Samples) -> int:
+    """Return the sample after the last 10 ms frame that stands above the noise floor of `[n]` samples.
+
+    The floor is the quietest tenth of the frames; a frame counts when it is 10 dB above the floor, and not 35 dB below
+    the loudest.
+    """
+    frames = samples[: len(samples) // FRAME * FRAME].reshape(-1, FRAME)
+    if not len(frames):
+        return len(samples)
+    decibels = 10 * np.log10(np.einsum("ij,ij->i", frames, frames) / FRAME + 1e-12)
+    threshold = max(np.quantile(decibels, 0.1) + ABOVE_FLOOR_DB, decibels.max() - BELOW_PEAK_DB)
+    loud = np.flatnonzero(decibels >= threshold)
+    return int(loud[-1] + 1) * FRAME if len(loud) else len(samples)

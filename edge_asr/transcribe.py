@@ -1,0 +1,95 @@
+"""A file from beginning to end, as fast as it goes: the pipeline without clock, sinks and gates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+
+from edge_asr.audio.decode import decode
+from edge_asr.audio.source import Chunker
+from edge_asr.pipeline import Labels, Recording
+from edge_asr.recognizer.scheduler import Recognizer
+from edge_asr.speech.segmenter import Ended, Rules, Segmenter, Split
+from edge_asr.speech.vad import SpeechDetector
+from edge_asr.types import CHUNK_SAMPLES, SAMPLE_RATE, Chunk, Recognition, Samples, Transcript, new_segment_id
+
+
+def transcribe(
+    path: Path, recognizer: Recognizer, detector: SpeechDetector, rules: Rules, labels: Labels
+) -> Iterator[Transcript]:
+    """Yield a file's transcripts, at least one.
+
+    A file no longer than the segment cap is decoded whole if there is speech in it; a longer one is cut into segments
+    and streamed, so memory stays flat. No speech gives one transcript with empty text. Raises AudioError, EngineError.
+    """
+    blocks = decode(path)
+    head: list[Samples] = []
+    for block in blocks:
+        head.append(block)
+        if sum(map(len, head)) > rules.max_length * CHUNK_SAMPLES:
+            break
+    else:
+        yield _whole(np.concatenate([np.zeros(0, np.float32), *head]), recognizer, detector, rules, labels)
+        return
+    found = False
+    for offset, samples in _segments(chain(head, blocks), detector, rules):
+        found = True
+        yield _transcript(recognizer.recognize(samples), len(samples), offset, labels)
+    if not found:
+        yield _transcript(Recognition("", (), None), 0, 0, labels)
+
+
+def _whole(
+    samples: Samples, recognizer: Recognizer, detector: SpeechDetector, rules: Rules, labels: Labels
+) -> Transcript:
+    spoken = next(_segments(iter([samples]), detector, rules), None) is not None
+    recognition = recognizer.recognize(samples) if spoken else Recognition("", (), None)
+    return _transcript(recognition, len(samples), 0, labels)
+
+
+def _segments(blocks: Iterator[Samples], detector: SpeechDetector, rules: Rules) -> Iterator[tuple[int, Samples]]:
+    """Yield the segments of a stream of samples, each with the position of its first sample."""
+    segmenter, recording, chunker = Segmenter(rules), Recording(), Chunker(lambda index: index / SAMPLE_RATE)
+
+    def take(chunks: Iterator[Chunk]) -> Iterator[tuple[int, Samples]]:
+        for chunk in chunks:
+            recording.append(chunk)
+            for event in segmenter.step(detector(chunk)):
+                if isinstance(event, Ended | Split):
+                    yield _cut(recording, event)
+            recording.forget(segmenter.earliest_needed)
+
+    for block in blocks:
+        yield from take(chunker.push(block))
+    yield from take(chunker.flush())
+    for event in segmenter.finish():
+        if isinstance(event, Ended | Split):
+            yield _cut(recording, event)
+
+
+def _cut(recording: Recording, event: Ended | Split) -> tuple[int, Samples]:
+    chunks = recording.between(event.start, event.end)
+    return chunks[0].index, np.concatenate([chunk.samples for chunk in chunks])
+
+
+def _transcript(recognition: Recognition, samples: int, offset: int, labels: Labels) -> Transcript:
+    return Transcript(
+        id=new_segment_id(),
+        device=labels.device,
+        source=labels.source,
+        text=recognition.text,
+        text_raw=recognition.text,
+        confidence=recognition.confidence,
+        started_at=None,
+        offset_s=offset / SAMPLE_RATE,
+        duration_s=samples / SAMPLE_RATE,
+        tokens=recognition.tokens,
+        latency_ms=recognition.stages_ms,
+        within_budget=None,
+        decoded_at_pause=False,
+        model=labels.model,
+        engine=labels.engine,
+    )
