@@ -33,6 +33,8 @@ from edge_asr.types import CHUNK_S, Transcript
 
 log = logging.getLogger(__name__)
 
+STATE_EVERY_S = 10.0
+
 
 def load_recognizer(bundle: Bundle, threads: int) -> Paraformer:
     """Load a bundle's graph on onnxruntime. Raises BundleError or EngineError."""
@@ -99,7 +101,8 @@ class Daemon:
         )
         self._health: dict[str, str] = {}
         self._failures: list[EdgeAsrError] = []
-        self._listeners: list[asyncio.Task[None]] = []
+        self._listeners: list[Listener] = []
+        self._tasks: list[asyncio.Task[None]] = []
         self._published = self._late = 0
         self._stop = asyncio.Event()
 
@@ -110,7 +113,11 @@ class Daemon:
             self._start_publisher()
             await self._start_model()
             self._start_listeners()
-            yield self
+            heartbeat = asyncio.create_task(self._report(), name="state")
+            try:
+                yield self
+            finally:
+                heartbeat.cancel()
         finally:
             await self._stop_listeners()
             await self._scheduler.close()
@@ -141,9 +148,9 @@ class Daemon:
 
     async def _listened(self) -> None:
         """Return when all sources have ended; without sources never: there is nothing that could end by itself."""
-        if not self._listeners:
+        if not self._tasks:
             await self._stop.wait()
-        await asyncio.gather(*self._listeners)
+        await asyncio.gather(*self._tasks)
 
     def _start_publisher(self) -> None:
         if self._publisher is not None:
@@ -158,16 +165,15 @@ class Daemon:
     def _start_listeners(self) -> None:
         for config in self._config.sources:
             source = make_source(config)
+            listener = self._make_listener(source, is_live(config))
             self._health[source.name] = "listening"
-            self._listeners.append(
-                asyncio.create_task(self._listen(source, is_live(config)), name=f"listen {source.name}")
-            )
+            self._listeners.append(listener)
+            self._tasks.append(asyncio.create_task(self._listen(listener, source.name), name=f"listen {source.name}"))
         self._publish_state()
 
-    async def _listen(self, source: AudioSource, live: bool) -> None:
-        """Run one listener; its failure is its own."""
+    def _make_listener(self, source: AudioSource, live: bool) -> Listener:
         sinks: list[TranscriptSink] = [] if self._publisher is None else [self._publisher]
-        listener = Listener(
+        return Listener(
             source,
             SileroDetector(),
             Segmenter(segment_rules(self._config.segment)),
@@ -177,19 +183,27 @@ class Daemon:
             choose_gates(self._config.gates, self._bundle),
             live,
         )
+
+    async def _listen(self, listener: Listener, name: str) -> None:
+        """Run one listener; its failure is its own."""
         try:
             await listener.run()
-            self._health[source.name] = "ended"
+            self._health[name] = "ended"
         except EdgeAsrError as error:
-            log.error("%s: %s", source.name, error)
+            log.error("%s: %s", name, error)
             self._failures.append(error)
-            self._health[source.name] = "failed"
+            self._health[name] = "failed"
         self._publish_state()
 
     async def _stop_listeners(self) -> None:
-        for task in self._listeners:
-            task.cancel()
-        await asyncio.gather(*self._listeners, return_exceptions=True)
+        """End the sources, let what was being said be recognised for up to `drain_s`, then give up."""
+        for listener in self._listeners:
+            listener.stop()
+        if self._tasks:
+            _, late = await asyncio.wait(self._tasks, timeout=self._config.drain_s)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _drained(self) -> None:
         """Wait up to `drain_s` for the broker to have everything."""
@@ -222,6 +236,12 @@ class Daemon:
                 self._budget.response_ms, {stage: round(value) for stage, value in settled.latency_ms.items()},
             )  # fmt: skip
         return settled
+
+    async def _report(self) -> None:
+        """Publish the state now and then: its counters move without anybody saying so."""
+        while True:
+            await asyncio.sleep(STATE_EVERY_S)
+            self._publish_state()
 
     def _publish_state(self, state: str | None = None, why: str = "") -> None:
         if self._publisher is None:

@@ -148,6 +148,10 @@ class Listener:
             self._source.close()
             answering.cancel()
 
+    def stop(self) -> None:
+        """End the source; `run` then completes what was being said and returns."""
+        self._source.close()
+
     async def _handle(self, event: Event) -> None:
         match event:
             case Started():
@@ -212,6 +216,10 @@ class Listener:
             except EngineError as error:
                 metrics.FAILED.inc()
                 log.error("%s: a segment of %.1f s is lost: %s", self._labels.source, segment.duration_s, error)
+                continue
+            except Exception:  # a bug met by one sentence must not end the listening
+                metrics.FAILED.inc()
+                log.exception("%s: a segment of %.1f s is lost", self._labels.source, segment.duration_s)
                 continue
             gate = self._gates.refuse(segment, recognition)
             if gate is not None:

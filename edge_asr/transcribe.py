@@ -10,11 +10,14 @@ import numpy as np
 
 from edge_asr.audio.decode import decode
 from edge_asr.audio.source import Chunker
-from edge_asr.pipeline import Labels, Recording
+from edge_asr.pipeline import Labels, Recording, transcript_of
 from edge_asr.recognizer.scheduler import Recognizer
 from edge_asr.speech.segmenter import Ended, Rules, Segmenter, Split
 from edge_asr.speech.vad import SpeechDetector
-from edge_asr.types import CHUNK_SAMPLES, SAMPLE_RATE, Chunk, Recognition, Samples, Transcript, new_segment_id
+from edge_asr.types import CHUNK_SAMPLES, SAMPLE_RATE, Chunk, Recognition, Samples, Segment, Transcript, new_segment_id
+
+NOTHING = Recognition("", (), None)
+SILENCE: Samples = np.zeros(0, np.float32)
 
 
 def transcribe(
@@ -32,22 +35,21 @@ def transcribe(
         if sum(map(len, head)) > rules.max_length * CHUNK_SAMPLES:
             break
     else:
-        yield _whole(np.concatenate([np.zeros(0, np.float32), *head]), recognizer, detector, rules, labels)
+        yield _whole(np.concatenate([SILENCE, *head]), recognizer, detector, rules, labels)
         return
     found = False
-    for offset, samples in _segments(chain(head, blocks), detector, rules):
+    for index, samples in _segments(chain(head, blocks), detector, rules):
         found = True
-        yield _transcript(recognizer.recognize(samples), len(samples), offset, labels)
+        yield _transcript(samples, index, recognizer.recognize(samples), labels)
     if not found:
-        yield _transcript(Recognition("", (), None), 0, 0, labels)
+        yield _transcript(SILENCE, 0, NOTHING, labels)
 
 
 def _whole(
     samples: Samples, recognizer: Recognizer, detector: SpeechDetector, rules: Rules, labels: Labels
 ) -> Transcript:
     spoken = next(_segments(iter([samples]), detector, rules), None) is not None
-    recognition = recognizer.recognize(samples) if spoken else Recognition("", (), None)
-    return _transcript(recognition, len(samples), 0, labels)
+    return _transcript(samples, 0, recognizer.recognize(samples) if spoken else NOTHING, labels)
 
 
 def _segments(blocks: Iterator[Samples], detector: SpeechDetector, rules: Rules) -> Iterator[tuple[int, Samples]]:
@@ -75,21 +77,6 @@ def _cut(recording: Recording, event: Ended | Split) -> tuple[int, Samples]:
     return chunks[0].index, np.concatenate([chunk.samples for chunk in chunks])
 
 
-def _transcript(recognition: Recognition, samples: int, offset: int, labels: Labels) -> Transcript:
-    return Transcript(
-        id=new_segment_id(),
-        device=labels.device,
-        source=labels.source,
-        text=recognition.text,
-        text_raw=recognition.text,
-        confidence=recognition.confidence,
-        started_at=None,
-        offset_s=offset / SAMPLE_RATE,
-        duration_s=samples / SAMPLE_RATE,
-        tokens=recognition.tokens,
-        latency_ms=recognition.stages_ms,
-        within_budget=None,
-        decoded_at_pause=False,
-        model=labels.model,
-        engine=labels.engine,
-    )
+def _transcript(samples: Samples, index: int, recognition: Recognition, labels: Labels) -> Transcript:
+    segment = Segment(new_segment_id(), 0, samples, index, speech_ratio=1.0, started_at=None, marks=None)
+    return transcript_of(segment, recognition, labels)

@@ -70,7 +70,8 @@ class Segment:
     """Share of speech among its chunks."""
     started_at: float | None
     """Unix seconds (wall clock) of the first sample; null where the source is no live one."""
-    marks: Marks
+    marks: Marks | None
+    """Null where the segment did not come in live."""
 
     @property
     def duration_s(self) -> float:
