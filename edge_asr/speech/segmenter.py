@@ -60,7 +60,10 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """The segment grew too long and was cut at its quietest chunk; the rest goes on as a new segment from `end`."""
+    """The segment grew too long and was cut at its quietest chunk; the rest goes on as a new segment from `end`.
+
+    One that has paused when it is too long has ended instead: what would go on holds no speech.
+    """
 
     start: int
     end: int
@@ -138,7 +141,7 @@ class Segmenter:
                 yield self._end(self._last_speech + 1 + min(POST_ROLL, self._rules.endpoint))
                 return
         if chunk + 1 - self._start >= self._rules.max_length:
-            yield self._split()
+            yield self._end(self._last_speech + 1 + POST_ROLL) if self._paused else self._split()
 
     def _speech(self) -> int:
         return sum(speech for _, speech in self._history)
@@ -152,11 +155,12 @@ class Segmenter:
         return ended
 
     def _split(self) -> Split:
-        """Cut after the quietest of the last chunks: the one least likely to be speech."""
+        """Cut after the quietest of the last chunks before the last speech: the one least likely to be speech."""
         assert self._start is not None
         window = min(SPLIT_WINDOW, len(self._history) // 2)
         recent = list(self._history)[-window:]
-        quietest = min(range(window), key=lambda k: recent[k][0])
+        silence = self._count - 1 - self._last_speech
+        quietest = min(range(window - silence - 1), key=lambda k: recent[k][0])
         kept = recent[quietest + 1 :]
         end = self._count - len(kept)
         split = Split(self._start, end, self._speech() - sum(speech for _, speech in kept))
