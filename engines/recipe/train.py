@@ -14,6 +14,7 @@ import torch
 from augment import augment, noise_pool
 from dataset import Shard, read_shard
 from model import EOS, Trainee
+from tqdm import tqdm
 
 BATCH_ROWS = 2400
 """Rows (60 ms) in a batch, padding included."""
@@ -128,6 +129,7 @@ def train(work: Path, steps: int, seed: int = 0, threads: int = 1) -> None:
 
     started, log = time.monotonic(), (work / "train.jsonl").open("a")
     trainee.train()
+    bar = tqdm(total=steps, initial=step, desc="training", unit="step")
     while step < steps:
         corpus.grow()
         rng = np.random.default_rng((seed, epoch))
@@ -145,15 +147,18 @@ def train(work: Path, steps: int, seed: int = 0, threads: int = 1) -> None:
             optimizer.step()
             average.update_parameters(trainee)
             step += 1
+            bar.update()
             if step % 25 == 0:
                 entry = {"step": step, "epoch": epoch, "shards": len(corpus.shards), **parts}
                 entry["seconds"] = round(time.monotonic() - started, 1)
                 print(json.dumps(entry), file=log, flush=True)
+                bar.set_postfix({part: f"{value:.2f}" for part, value in parts.items()})
             if step % 250 == 0:
                 save()
             if step >= steps:
                 break
         epoch += 1
+    bar.close()
     save()
 
 
