@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import logging
 import signal
-import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
@@ -34,6 +33,7 @@ from edge_asr.types import CHUNK_S, Transcript
 log = logging.getLogger(__name__)
 
 STATE_EVERY_S = 10.0
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def load_recognizer(bundle: Bundle, threads: int) -> Paraformer:
@@ -105,6 +105,7 @@ class Daemon:
         self._tasks: list[asyncio.Task[None]] = []
         self._published = self._late = 0
         self._stop = asyncio.Event()
+        self._drain_by: float | None = None
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[Daemon]:
@@ -143,8 +144,8 @@ class Daemon:
             listening.cancel()
         if not self._stop.is_set():
             await self._drained()
-            if self._failures:
-                raise self._failures[0]
+        if self._failures and not self._stop.is_set():
+            raise self._failures[0]
 
     async def _listened(self) -> None:
         """Return when all sources have ended; without sources never: there is nothing that could end by itself."""
@@ -155,6 +156,8 @@ class Daemon:
     def _start_publisher(self) -> None:
         if self._publisher is not None:
             self._publisher.start()
+            mqtt = self._config.mqtt
+            log.info("publishing on %s/%s/... at %s:%d", mqtt.base, self._config.device_id, mqtt.host, mqtt.port)
         self._publish_state("starting", "the model is loading")
 
     async def _start_model(self) -> None:
@@ -169,6 +172,7 @@ class Daemon:
             self._health[source.name] = "listening"
             self._listeners.append(listener)
             self._tasks.append(asyncio.create_task(self._listen(listener, source.name), name=f"listen {source.name}"))
+        log.info("listening to %s", ", ".join(self._health) or "nothing: no sources are configured")
         self._publish_state()
 
     def _make_listener(self, source: AudioSource, live: bool) -> Listener:
@@ -190,7 +194,7 @@ class Daemon:
             await listener.run()
             self._health[name] = "ended"
         except EdgeAsrError as error:
-            log.error("%s: %s", name, error)
+            log.error("%s failed: %s", name, error)
             self._failures.append(error)
             self._health[name] = "failed"
         self._publish_state()
@@ -200,28 +204,31 @@ class Daemon:
         for listener in self._listeners:
             listener.stop()
         if self._tasks:
-            _, late = await asyncio.wait(self._tasks, timeout=self._config.drain_s)
+            _, late = await asyncio.wait(self._tasks, timeout=self._drain_left_s())
             for task in late:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _drained(self) -> None:
-        """Wait up to `drain_s` for the broker to have everything."""
-        deadline = time.monotonic() + self._config.drain_s
+        """Wait for the broker to have everything, until `drain_s` have passed or somebody wants us to stop."""
         publisher = self._publisher
-        while publisher is not None and publisher.stats().queued and time.monotonic() < deadline:
+        while publisher is not None and publisher.stats().queued and self._drain_left_s() and not self._stop.is_set():
             await asyncio.sleep(0.02)
         if publisher is not None and (left := publisher.stats().queued):
+            where = f"{self._config.mqtt.host}:{self._config.mqtt.port}"
             self._failures.append(
-                EdgeAsrError(
-                    f"{left} transcripts could not be delivered to {self._config.mqtt.host}:{self._config.mqtt.port};"
-                    " is the broker running?"
-                )
+                EdgeAsrError(f"transcripts not delivered to the broker at {where}: {left}; is it running?")
             )
 
     async def _stop_publisher(self) -> None:
         if self._publisher is not None:
-            await asyncio.to_thread(self._publisher.close, self._config.drain_s)
+            await asyncio.to_thread(self._publisher.close, self._drain_left_s())
+
+    def _drain_left_s(self) -> float:
+        """Return what is left of `drain_s`, which runs from the first question on."""
+        if self._drain_by is None:
+            self._drain_by = time.monotonic() + self._config.drain_s
+        return max(0.0, self._drain_by - time.monotonic())
 
     def _settle(self, transcript: Transcript) -> Transcript:
         """Complete the trace on the publisher thread, at the last moment before the transcript is serialised."""
@@ -269,16 +276,17 @@ async def run_daemon(config: Config, ready: Callable[[], None] = lambda: None) -
     """Run until SIGTERM, SIGINT or the end of all sources. Raises EdgeAsrError."""
     daemon = Daemon(config)
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, _stop_or_die, daemon, number)
+    for number in STOP_SIGNALS:
+        loop.add_signal_handler(number, _stop_on_signal, daemon, loop)
     async with daemon.running():
         ready()
         await daemon.finished()
 
 
-def _stop_or_die(daemon: Daemon, number: int) -> None:
-    """End cleanly; a second signal ends at once."""
-    if daemon._stop.is_set():
-        sys.exit(128 + number)
+def _stop_on_signal(daemon: Daemon, loop: asyncio.AbstractEventLoop) -> None:
+    """End cleanly; a second signal ends the process at once, whatever it waits for."""
+    for number in STOP_SIGNALS:
+        loop.remove_signal_handler(number)
+        signal.signal(number, signal.SIG_DFL)
     log.info("stopping")
     daemon.stop()

@@ -7,9 +7,10 @@ import json
 import logging
 import os
 import socket
+import sys
 import tempfile
 import wave
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import paho.mqtt.client as mqtt
 from paho.mqtt.enums import CallbackAPIVersion
 
 from edge_asr import logs
-from edge_asr.app import Daemon
+from edge_asr.app import STOP_SIGNALS, Daemon
 from edge_asr.audio.decode import decode
 from edge_asr.config import Config, FileSourceConfig
 from edge_asr.errors import ConfigError
@@ -45,10 +46,18 @@ def run_demo(config: Config, keep: bool) -> int:
     logs.set_up("WARNING")
     logging.getLogger("amqtt").setLevel(logging.CRITICAL)
     logging.getLogger("transitions").setLevel(logging.CRITICAL)
+    return asyncio.run(_until_stopped(config, keep))
+
+
+async def _until_stopped(config: Config, keep: bool) -> int:
+    """Run; SIGINT and SIGTERM stop everything in order, which is how `--keep` is meant to end."""
+    showing = asyncio.create_task(_run(config, keep), name="demo")
+    for number in STOP_SIGNALS:
+        asyncio.get_running_loop().add_signal_handler(number, showing.cancel)
     try:
-        return asyncio.run(_run(config, keep))
-    except KeyboardInterrupt:
-        return 0 if keep else 130
+        return await showing
+    except asyncio.CancelledError:
+        return 0 if keep else 1
 
 
 async def _run(config: Config, keep: bool) -> int:
@@ -64,15 +73,20 @@ async def _run(config: Config, keep: bool) -> int:
             }
         )
         async with _broker(port):
-            subscriber = Subscriber(port, f"{config.mqtt.base}/{config.device_id}")
+            showing = asyncio.current_task()
+            assert showing is not None
+            topic = f"{config.mqtt.base}/{config.device_id}/transcript"
+            subscriber = Subscriber(port, topic, on_broken_pipe=showing.cancel)
             print(f"broker     mqtt://{HOST}:{port}")
             print(f"subscriber {subscriber.topic}")
             print(f"microphone {len(samples)} sample recordings of {config.model.name}, at the pace of speech\n")
+            sys.stdout.flush()  # the first sentence takes a while
             try:
                 missing = await _play(played, subscriber, [text for text, _ in samples])
-                print(GO_ON)
+                print(GO_ON, flush=True)
                 while keep:
-                    print(f"\nagain, until Ctrl-C; watch from elsewhere: mosquitto_sub -h {HOST} -p {port} -v -t '#'\n")
+                    print("\nagain, until Ctrl-C; watch from elsewhere:", end=" ")
+                    print(f"mosquitto_sub -h {HOST} -p {port} -v -t '#'\n", flush=True)
                     await _play(played, subscriber, [text for text, _ in samples])
             finally:
                 subscriber.close()
@@ -97,9 +111,11 @@ async def _play(config: Config, subscriber: Subscriber, expected: list[str]) -> 
 class Subscriber:
     """Prints every transcript of one appliance; a client of its own, as any machine on the network would be."""
 
-    def __init__(self, port: int, base: str) -> None:
-        self.topic = f"{base}/transcript"
+    def __init__(self, port: int, topic: str, on_broken_pipe: Callable[[], object]) -> None:
+        """`on_broken_pipe` is called when nobody reads what is printed any more."""
+        self.topic = topic
         self.texts: list[str] = []
+        self._on_broken_pipe = on_broken_pipe
         self._loop = asyncio.get_running_loop()
         self._arrived = asyncio.Event()
         self._client = mqtt.Client(CallbackAPIVersion.VERSION2)
@@ -130,12 +146,15 @@ class Subscriber:
 
     def _show(self, transcript: dict[str, Any]) -> None:
         latency = transcript["latency_ms"]
-        print(
-            f"  {transcript['text']:　<16} confidence {transcript['confidence']:.2f}   "
-            f"{latency['total']:4.0f} ms after the last word"
-            f" (pause {latency['endpoint']:.0f}, answer {latency['response']:.0f})",
-            flush=True,
-        )
+        try:
+            print(
+                f"  {transcript['text']:　<16} confidence {transcript['confidence']:.2f}   "
+                f"{latency['total']:4.0f} ms after the last word"
+                f" (pause {latency['endpoint']:.0f}, answer {latency['response']:.0f})",
+                flush=True,
+            )
+        except BrokenPipeError:
+            self._on_broken_pipe()
         self.texts.append(transcript["text"])
         self._arrived.set()
 
