@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -103,11 +104,10 @@ def run(
     override: OverrideOption = None,
 ) -> None:
     """Listen, recognise and publish until told to stop, or until the last file has been played."""
-    overrides = list(override or ())
-    if source:
-        entries = [{"kind": "stdin"} if name == "stdin" else {"kind": "file", "path": name} for name in source]
-        overrides.append(f"sources={json.dumps(entries, ensure_ascii=False)}")
-    settings = read_config(config, overrides, model)
+    entries = [{"kind": "stdin"} if name == "stdin" else {"kind": "file", "path": name} for name in source or ()]
+    # Before the overrides, so that `-o sources.0.realtime=false` refines them.
+    sources = [f"sources={json.dumps(entries, ensure_ascii=False)}"] if entries else []
+    settings = read_config(config, [*sources, *(override or ())], model)
     import asyncio
 
     from edge_asr import logs
@@ -137,6 +137,9 @@ def _complain(error: EdgeAsrError) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a command and exit: with one line and its own exit code for every error that is meant for the user."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not every terminal knows Chinese, and a file name may be no text
+            stream.reconfigure(errors="backslashreplace")
     try:
         try:
             app(None if arguments is None else list(arguments), prog_name=PROGRAM)
