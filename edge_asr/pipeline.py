@@ -230,6 +230,7 @@ class Listener:
 
     def _offer(self, transcript: Transcript) -> None:
         metrics.TRANSCRIPTS.inc()
+        log.debug("%s: %s", transcript.source, transcript.text)
         if transcript.decoded_at_pause:
             metrics.DECODED_AT_PAUSE.inc()
         for sink in self._sinks:

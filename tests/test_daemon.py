@@ -1,0 +1,407 @@
+"""The daemon as a process of its own, on a real Mosquitto that is read with the real mosquitto_sub."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime, timezone
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mosquitto import PATIENCE_S, Door, Mosquitto, Subscriber, free_port, wait_for
+
+from edge_asr.audio.decode import read
+from edge_asr.config import BUNDLED_MODEL
+from edge_asr.types import SAMPLE_RATE, TRANSCRIPT_SCHEMA
+
+STOP_S = 2.0
+"""An idle daemon ends within this: a promise of the product."""
+SAMPLES = BUNDLED_MODEL / "samples"
+TEXTS = dict(line.split("\t") for line in (SAMPLES / "transcripts.tsv").read_text(encoding="utf-8").splitlines())
+SENTENCES = list(TEXTS.values())
+BASE = "edge_asr/hall"
+WIRE_KEYS = {
+    *("schema", "id", "seq", "device", "source", "text", "text_itn", "text_raw", "language", "confidence", "start"),
+    *("end", "offset_s", "time_synced", "duration_s", "tokens", "latency_ms", "within_budget", "decoded_at_pause"),
+    *("model", "engine", "replayed", "age_s"),
+}
+STATE_KEYS = {
+    *("state", "why", "engine", "model", "sources", "mute", "preset", "listen", "budget", "outbox", "version"),
+}
+
+
+class Daemon:
+    """`edge-asr run`, with standard input held open until somebody closes it."""
+
+    def __init__(self, log: Path, port: int, *arguments: str) -> None:
+        self._log = log
+        quick = [f"mqtt.port={port}", "device_id=hall", "mqtt.reconnect_min_s=0.05", "mqtt.reconnect_max_s=0.1"]
+        options = [part for option in quick for part in ("-o", option)]
+        command = [sys.executable, "-W", "error", "-m", "edge_asr", "run", *options, *arguments]
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("EDGE_ASR_")}
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=output, stderr=output, env=environment
+            )
+
+    @property
+    def log(self) -> str:
+        """What it has written so far; no traceback, whatever happens."""
+        text = self._log.read_text(encoding="utf-8")
+        assert "Traceback" not in text, text
+        return text
+
+    @property
+    def complaints(self) -> list[str]:
+        """The lines that are meant for the user."""
+        return [line for line in self.log.splitlines() if line.startswith("edge-asr: ")]
+
+    def wait_for(self, pattern: str) -> None:
+        """Return when something in the log matches."""
+        wait_for(lambda: re.search(pattern, self.log) or self.process.poll() is not None, f"{pattern!r} in the log")
+        assert re.search(pattern, self.log), self.log
+
+    def hears(self, text: str) -> None:
+        """Speak a sentence into its standard input, and return when it has been recognised."""
+        assert self.process.stdin is not None
+        before = self.log.count(text)
+        self.process.stdin.write(spoken(text))
+        self.process.stdin.flush()
+        wait_for(lambda: self.log.count(text) > before, f"{text} in the log")
+
+    def end(self, timeout_s: float = PATIENCE_S) -> int:
+        """Return the exit code of a daemon that ends, or has been asked to."""
+        try:
+            return self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"it does not end: {self.log}")
+
+    def stop(self, how: signal.Signals = signal.SIGTERM, timeout_s: float = STOP_S) -> int:
+        """Send a signal and return the exit code."""
+        self.process.send_signal(how)
+        return self.end(timeout_s)
+
+
+Start = Callable[..., Daemon]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Return what starts a daemon: `start(port, *arguments)`; at the end none is left."""
+    daemons: list[Daemon] = []
+    number = count()
+
+    def run(port: int, *arguments: str) -> Daemon:
+        daemons.append(Daemon(tmp_path / f"daemon-{next(number)}.log", port, *arguments))
+        return daemons[-1]
+
+    yield run
+    for daemon in daemons:
+        daemon.process.kill()
+        daemon.process.wait(PATIENCE_S)
+        assert daemon.process.stdin is not None
+        try:
+            daemon.process.stdin.close()
+        except BrokenPipeError:
+            continue  # it had not read everything
+
+
+@pytest.fixture
+def door(broker: Mosquitto) -> Iterator[Door]:
+    """Yield an open door in front of the broker."""
+    door = Door(broker.port)
+    door.open()
+    yield door
+    door.shut()
+
+
+def spoken(text: str) -> bytes:
+    """Return a sample with a second of silence after it, as raw PCM."""
+    path = next(SAMPLES / name for name, known in TEXTS.items() if known == text)
+    samples = np.concatenate([read(path), np.zeros(SAMPLE_RATE, np.float32)])
+    return (samples * 32767).astype("<i2").tobytes()
+
+
+def played(*names: str) -> list[str]:
+    return [part for name in names for part in ("--source", str(SAMPLES / name))]
+
+
+def texts_on(subscriber: Subscriber, topic: str) -> list[str]:
+    return [message.json["text"] for message in subscriber.on(topic)]
+
+
+def statuses(subscriber: Subscriber) -> list[str]:
+    return [message.payload for message in subscriber.on("status")]
+
+
+def states(subscriber: Subscriber) -> list[str]:
+    """Return the states passed through: one that is published again counts once."""
+    found = [message.json["state"] for message in subscriber.on("state")]
+    return [state for k, state in enumerate(found) if k == 0 or found[k - 1] != state]
+
+
+def is_ready(subscriber: Subscriber) -> bool:
+    return states(subscriber)[-1:] == ["ready"]
+
+
+def is_offline(subscriber: Subscriber) -> bool:
+    return statuses(subscriber)[-1:] == ["offline"]
+
+
+def check_transcript(payload: dict[str, Any], began_at: datetime) -> None:
+    """Assert that a live transcript has every key of the wire contract, with a plausible value."""
+    assert set(payload) - {"event_type"} == WIRE_KEYS
+    name = Path(payload["source"]).name
+    assert payload["schema"] == TRANSCRIPT_SCHEMA
+    assert re.fullmatch(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}", payload["id"])
+    assert payload["source"] == f"file:{SAMPLES / name}"
+    assert payload["text"] == payload["text_raw"] == "".join(t["text"] for t in payload["tokens"]) == TEXTS[name]
+    assert (payload["device"], payload["model"], payload["engine"]) == ("hall", BUNDLED_MODEL.name, "onnx-fp32")
+    assert 0.3 < payload["confidence"] <= 1
+    start, end = (datetime.fromisoformat(payload[key].replace("Z", "+00:00")) for key in ("start", "end"))
+    assert began_at < start < end < datetime.now(timezone.utc)
+    assert (end - start).total_seconds() == pytest.approx(payload["duration_s"], abs=0.002)
+    assert 0 <= payload["offset_s"] < 2
+    trace = payload["latency_ms"]
+    assert set(trace) == {"endpoint", "queue", "features", "model", "response", "total"}
+    assert trace["endpoint"] >= 12 * 32 - 10, "the default preset waits for 12 chunks, and sound ends on 10 ms"
+    assert trace["total"] == pytest.approx(trace["endpoint"] + trace["response"], abs=0.1)
+    assert payload["within_budget"] is (trace["response"] <= 300)
+    assert payload["decoded_at_pause"] is True
+    assert (payload["replayed"], payload["seq"]) == (False, None)
+    assert 0 <= payload["age_s"] < 5
+
+
+def test_samples_played_in_real_time_arrive_once_on_said_and_once_on_transcript(
+    broker: Mosquitto, start: Start
+) -> None:
+    names = sorted(TEXTS)[:3]
+    with Subscriber(broker.port) as subscriber:
+        began_at = datetime.now(timezone.utc)
+        daemon = start(broker.port, *played(*names))
+        assert daemon.end() == 0, daemon.log
+        subscriber.wait_for(is_offline, "offline")
+        assert statuses(subscriber) == ["online", "offline"]
+        assert states(subscriber) == ["starting", "ready"]
+        for topic in ("said", "transcript"):
+            assert sorted(texts_on(subscriber, topic)) == sorted(TEXTS[name] for name in names)
+        for message in [*subscriber.on("said"), *subscriber.on("transcript")]:
+            assert message.topic == f"{BASE}/{'said' if 'event_type' in message.json else 'transcript'}"
+            assert not message.retained
+            check_transcript(message.json, began_at)
+        assert {message.json.get("event_type") for message in subscriber.on("said")} == {"said"}
+        assert {message.qos for message in subscriber.on("said")} == {0}
+        assert {message.qos for message in subscriber.on("transcript")} == {1}
+        ids = [{m.json["id"] for m in subscriber.on(topic)} for topic in ("said", "transcript")]
+        assert ids[0] == ids[1]
+        assert len(ids[0]) == len(names)
+    with Subscriber(broker.port) as late:
+        late.wait_for(lambda s: s.on("state") and s.on("status"), "what is retained")
+        assert {message.topic for message in late.messages} == {f"{BASE}/state", f"{BASE}/status"}
+
+
+def test_state_names_model_engine_and_the_health_of_every_source(broker: Mosquitto, start: Start) -> None:
+    with Subscriber(broker.port) as subscriber:
+        daemon = start(broker.port, *played("01.wav"))
+        assert daemon.end() == 0
+        subscriber.wait_for(is_offline, "offline")
+        assert all(set(message.json) == STATE_KEYS for message in subscriber.on("state"))
+        first, last = subscriber.on("state")[0].json, subscriber.on("state")[-1].json
+        assert (first["state"], first["sources"]) == ("starting", [])
+        assert (last["model"], last["engine"], last["preset"]) == (BUNDLED_MODEL.name, "onnx-fp32", "default")
+        assert last["sources"] == [{"name": f"file:{SAMPLES / '01.wav'}", "health": "ended"}]
+        assert last["budget"]["response_ms"] == 300.0
+
+
+def test_the_log_names_broker_topics_and_sources_but_at_info_no_spoken_text(broker: Mosquitto, start: Start) -> None:
+    daemon = start(broker.port, *played("01.wav"), "-o", "log.level=INFO")
+    assert daemon.end() == 0
+    assert f"publishing on {BASE}/... at 127.0.0.1:{broker.port}" in daemon.log
+    assert f"listening to file:{SAMPLES / '01.wav'}" in daemon.log
+    assert not any(character in daemon.log for character in TEXTS["01.wav"])
+
+
+def test_a_pipe_that_closes_ends_the_daemon_with_everything_published(broker: Mosquitto, start: Start) -> None:
+    with Subscriber(broker.port) as subscriber:
+        daemon = start(broker.port, "--source", "stdin")
+        subscriber.wait_for(is_ready, "ready")
+        daemon.process.communicate(spoken(SENTENCES[0]) + spoken(SENTENCES[1]), PATIENCE_S)
+        assert daemon.process.returncode == 0, daemon.log
+        subscriber.wait_for(is_offline, "offline")
+        assert texts_on(subscriber, "said") == texts_on(subscriber, "transcript") == SENTENCES[:2]
+        assert {message.json["source"] for message in subscriber.on("said")} == {"stdin"}
+
+
+@pytest.mark.parametrize("sources", [[], ["--source", "stdin"]], ids=["no sources", "a silent pipe"])
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_an_idle_daemon_ends_within_two_seconds(
+    broker: Mosquitto, start: Start, sources: list[str], how: signal.Signals
+) -> None:
+    with Subscriber(broker.port) as subscriber:
+        daemon = start(broker.port, *sources)
+        subscriber.wait_for(is_ready, "ready")
+        assert daemon.stop(how) == 0
+        subscriber.wait_for(is_offline, "offline")
+        assert daemon.complaints == []
+    with Subscriber(broker.port) as late:
+        late.wait_for(is_offline, "the retained status")
+
+
+@pytest.mark.parametrize("sources", [[], ["--source", "stdin"]], ids=["no sources", "a silent pipe"])
+def test_an_idle_daemon_ends_within_two_seconds_while_the_broker_is_absent(start: Start, sources: list[str]) -> None:
+    daemon = start(free_port(), *sources)
+    daemon.wait_for("listening to")
+    daemon.wait_for("no connection to the broker")
+    assert daemon.stop() == 0
+    assert daemon.complaints == []
+
+
+def test_a_daemon_that_plays_a_file_ends_within_two_seconds_too(broker: Mosquitto, start: Start) -> None:
+    with Subscriber(broker.port) as subscriber:
+        daemon = start(broker.port, *played("02.wav"))
+        subscriber.wait_for(is_ready, "ready")
+        assert daemon.stop() == 0
+        subscriber.wait_for(is_offline, "offline")
+
+
+def test_a_second_signal_ends_a_daemon_that_waits_for_a_hanging_broker(broker: Mosquitto, start: Start) -> None:
+    with Subscriber(broker.port) as subscriber:
+        daemon = start(broker.port, "--source", "stdin", "-o", "log.level=DEBUG", "-o", "drain_s=300")
+        subscriber.wait_for(is_ready, "ready")
+        broker.freeze()
+        daemon.hears(SENTENCES[0])
+        daemon.process.send_signal(signal.SIGTERM)
+        daemon.wait_for("stopping")
+        assert daemon.stop() == -signal.SIGTERM
+
+
+def test_a_signal_ends_the_waiting_for_a_broker_that_never_comes(start: Start) -> None:
+    daemon = start(free_port(), *played("01.wav"), "-o", "sources.0.realtime=false", "-o", "drain_s=300",
+                   "-o", "log.level=DEBUG")  # fmt: skip
+    daemon.wait_for(SENTENCES[0])
+    assert daemon.stop() == 0
+    assert "closed with 1 transcripts" in daemon.log
+
+
+def test_sentences_spoken_while_the_broker_is_away_are_recorded_later_but_never_said(
+    broker: Mosquitto, door: Door, start: Start
+) -> None:
+    with Subscriber(broker.port) as subscriber:
+        daemon = start(door.port, "--source", "stdin", "-o", "log.level=DEBUG")
+        subscriber.wait_for(is_ready, "ready")
+        daemon.hears(SENTENCES[0])
+        subscriber.wait_for(lambda s: s.on("said") and s.on("transcript"), "the first sentence")
+    broker.kill()
+    daemon.wait_for("no connection to the broker")
+    for sentence in SENTENCES[1:3]:
+        daemon.hears(sentence)
+    door.shut()
+    broker.start()
+    with Subscriber(broker.port) as subscriber:
+        door.open()
+        subscriber.wait_for(lambda s: len(s.on("transcript")) == 2, "what was spoken meanwhile")
+        assert statuses(subscriber) == ["online"]
+        assert is_ready(subscriber)
+        daemon.hears(SENTENCES[3])
+        subscriber.wait_for(lambda s: s.on("said") and len(s.on("transcript")) == 3, "the last sentence")
+        assert daemon.stop() == 0
+        subscriber.wait_for(is_offline, "offline")
+        assert texts_on(subscriber, "said") == [SENTENCES[3]]
+        assert texts_on(subscriber, "transcript") == SENTENCES[1:4]
+        records = [message.json for message in subscriber.on("transcript")]
+        assert [record["replayed"] for record in records] == [True, True, False]
+        assert records[0]["age_s"] >= records[1]["age_s"] > records[2]["age_s"]
+        offsets = [record["offset_s"] for record in records]
+        assert offsets == sorted(offsets), "the source went on all the time"
+
+
+def test_a_daemon_that_starts_before_its_broker_connects_when_it_appears(
+    tmp_path: Path, mosquitto_installed: None, start: Start
+) -> None:
+    broker = Mosquitto(tmp_path)
+    door = Door(broker.port)
+    daemon = start(door.port, "--source", "stdin", "-o", "log.level=DEBUG")
+    daemon.wait_for("no connection to the broker")
+    daemon.hears(SENTENCES[0])
+    broker.start()
+    try:
+        with Subscriber(broker.port) as subscriber:
+            door.open()
+            subscriber.wait_for(lambda s: s.on("transcript"), "the sentence spoken before")
+            assert subscriber.on("transcript")[0].json["replayed"] is True
+            daemon.hears(SENTENCES[1])
+            subscriber.wait_for(lambda s: s.on("said"), "the sentence spoken after")
+            assert daemon.stop() == 0
+            subscriber.wait_for(is_offline, "offline")
+            assert statuses(subscriber) == ["online", "offline"]
+            assert texts_on(subscriber, "said") == [SENTENCES[1]]
+            assert texts_on(subscriber, "transcript") == SENTENCES[:2]
+    finally:
+        door.shut()
+        broker.kill()
+
+
+def test_without_a_broker_files_end_with_the_number_of_transcripts_not_delivered(start: Start) -> None:
+    port = free_port()
+    began_at = time.monotonic()
+    daemon = start(port, *played("01.wav"), "-o", "sources.0.realtime=false", "-o", "drain_s=1")
+    assert daemon.end() == 1
+    assert time.monotonic() - began_at > 1, "it waited for the broker"
+    assert daemon.complaints == [
+        f"edge-asr: transcripts not delivered to the broker at 127.0.0.1:{port}: 1; is it running?"
+    ]
+
+
+def test_a_missing_file_leaves_the_other_source_alone_and_is_reported(
+    broker: Mosquitto, start: Start, tmp_path: Path
+) -> None:
+    missing = tmp_path / "missing.wav"
+    with Subscriber(broker.port) as subscriber:
+        daemon = start(broker.port, "--source", str(missing), *played("01.wav"))
+        assert daemon.end() == 2
+        subscriber.wait_for(is_offline, "offline")
+        assert texts_on(subscriber, "said") == texts_on(subscriber, "transcript") == [TEXTS["01.wav"]]
+        state = subscriber.on("state")[-1].json
+        assert (state["state"], state["why"]) == ("degraded", f"failed: file:{missing}")
+        assert [source["health"] for source in state["sources"]] == ["failed", "ended"]
+    assert daemon.complaints == [f"edge-asr: {missing}: no such file; check the path"]
+
+
+def test_a_damaged_model_is_one_line_and_leaves_the_status_offline(
+    broker: Mosquitto, start: Start, tmp_path: Path
+) -> None:
+    bundle = tmp_path / "bundle"
+    shutil.copytree(BUNDLED_MODEL, bundle, ignore=shutil.ignore_patterns("samples", "model_quant.onnx"))
+    os.truncate(bundle / "model.onnx", 1_000_000)
+    with Subscriber(broker.port) as subscriber:
+        daemon = start(broker.port, "--model", str(bundle))
+        assert daemon.end() == 3
+        [line] = daemon.complaints
+        assert line.startswith(f"edge-asr: {bundle / 'model.onnx'}: ")
+        subscriber.wait_for(is_offline, "offline")
+        assert states(subscriber) == ["starting"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "pattern"),
+    [
+        (["--model", "/nonexistent/model"], 3, "/nonexistent/model: no such folder; .*--model.*"),
+        (["-o", "segment.preset=slow"], 2, "-o segment.preset: should be 'aggressive', 'default' or 'relaxed'.*"),
+        (["--source", "stdin", "--source", "stdin"], 2, ".*standard input can be a source only once.*"),
+    ],
+)
+def test_what_cannot_work_is_one_line_before_anything_starts(
+    start: Start, arguments: list[str], exit_code: int, pattern: str
+) -> None:
+    daemon = start(free_port(), *arguments)
+    assert daemon.end() == exit_code
+    assert re.fullmatch(f"edge-asr: {pattern}\n", daemon.log), daemon.log
