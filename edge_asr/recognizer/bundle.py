@@ -106,11 +106,11 @@ def _token_lines(text: str) -> tuple[str, ...]:
     """Return the tokens of `token id` lines (sherpa-onnx), or of one token a line (FunASR's older layout)."""
     lines = [line for line in text.split("\n") if line.strip()]
     pairs = [line.rsplit(maxsplit=1) for line in lines]
-    if not all(len(pair) == 2 and pair[1].isdigit() for pair in pairs):
+    if all(len(pair) == 1 for pair in pairs):
         return tuple(line.strip() for line in lines)
-    if [int(number) for _, number in pairs] != list(range(len(pairs))):
+    if [pair[1:] for pair in pairs] != [[str(number)] for number in range(len(pairs))]:
         raise ValueError("ids do not count from 0 upwards")
-    return tuple(token for token, _ in pairs)
+    return tuple(pair[0] for pair in pairs)
 
 
 def _read_mvn(path: Path) -> Cmvn:
@@ -119,9 +119,9 @@ def _read_mvn(path: Path) -> Cmvn:
         text = path.read_text(encoding="utf-8")
         rows = []
         for component in ("<AddShift>", "<Rescale>"):
-            found = re.search(component + r"[^\[]*\[[^\]]*\]|" + component, text)
-            numbers = re.search(component + r"[^\[]*\[([^\]]*)\]", text)
-            if found is None or numbers is None:
+            # No other component may stand between the name and its numbers.
+            numbers = re.search(component + r"[^\[<]*(?:<LearnRateCoef>[^\[<]*)?\[([^\]]*)\]", text)
+            if numbers is None:
                 raise ValueError(f"{component} is missing")
             rows.append(np.array(numbers.group(1).split(), np.float32))
     except (OSError, ValueError) as error:

@@ -48,7 +48,8 @@ class FeatureExtractor:
     def _filterbank(self, samples: Samples) -> Features:
         """Return `[frames, 80]` log-mel energies; kaldi counts in 16-bit units."""
         bank = knf.OnlineFbank(self._options)
-        bank.accept_waveform(SAMPLE_RATE, samples * np.float32(32768))
+        # A memoryview's elements are Python floats at once; an array's cost a third more of the whole filterbank.
+        bank.accept_waveform(SAMPLE_RATE, (samples * np.float32(32768)).data)
         bank.input_finished()
         frames = np.empty((bank.num_frames_ready, BINS), np.float32)
         for index in range(len(frames)):

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import numpy as np
 import numpy.typing as npt
 
-from edge_asr.errors import BundleError
+from edge_asr.errors import BundleError, EngineError
 from edge_asr.recognizer.bundle import Bundle, cmvn_from_metadata
 from edge_asr.recognizer.features import FeatureExtractor, Features
 from edge_asr.recognizer.network import Network
@@ -24,7 +24,7 @@ class Paraformer:
     """A loaded bundle. One thread at a time."""
 
     def __init__(self, bundle: Bundle, network: Network) -> None:
-        """Join bundle and network, and try them on 0.3 s of silence; raises BundleError where they do not fit."""
+        """Join bundle and network, and try them on a second of noise; raises BundleError where they do not fit."""
         self.bundle = bundle
         self._network = network
         cmvn = bundle.cmvn or cmvn_from_metadata(network.metadata, bundle.graph)
@@ -57,10 +57,9 @@ class Paraformer:
         """Return the best id and its log-probability, `[N]` each, for features `[T, 560]`."""
         scores, count = self._run(features)
         scores = scores[:count]
-        ids = scores.argmax(-1)
-        best = np.take_along_axis(scores, ids[:, None], 1)[:, 0]
         # Published graphs end in a log-softmax, some exports in plain scores: normalising is right for both.
-        return ids, best - np.logaddexp.reduce(scores, axis=-1)
+        shares = np.exp(scores - scores.max(-1, keepdims=True)).sum(-1)
+        return scores.argmax(-1), -np.log(shares)
 
     def _run(self, features: Features) -> tuple[LogProbabilities, int]:
         """Return scores `[N, V]` and the number of tokens that count."""
@@ -69,17 +68,26 @@ class Paraformer:
         try:
             return outputs["logits"][0], max(0, int(outputs["token_num"].reshape(-1)[0]))
         except KeyError as error:
-            raise BundleError(f"{self.bundle.graph}: has no output {error}; it is no Paraformer graph") from error
+            raise self._no_paraformer(f"it has no output {error}") from error
 
     def _check_vocabulary(self) -> None:
         """Compare the graph's vocabulary with the token list: a wrong list would give fluent nonsense."""
         noise = np.random.default_rng(0).standard_normal(SAMPLE_RATE).astype(np.float32) * np.float32(0.1)
-        scores, _ = self._run(self._features(noise))
+        try:
+            scores, _ = self._run(self._features(noise))
+        except EngineError as error:
+            raise self._no_paraformer(str(error)) from error
         if scores.shape[-1] != len(self.bundle.tokens):
             raise BundleError(
                 f"{self.bundle.graph.parent}: the token list holds {len(self.bundle.tokens)} tokens, the model"
                 f" {scores.shape[-1]}; they are not of one bundle, copy it again"
             )
+
+    def _no_paraformer(self, why: str) -> BundleError:
+        return BundleError(
+            f"{self.bundle.graph}: no Paraformer graph; set `model` (or --model) to the folder of a Paraformer bundle"
+            f" ({why})"
+        )
 
 
 @contextmanager

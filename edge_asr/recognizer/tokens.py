@@ -18,7 +18,7 @@ def join(tokens: Sequence[str]) -> str:
         if not piece:
             continue
         latin = piece[0].isascii()
-        if text and not glued and (latin or text[-1].isascii()):
+        if text and (not latin or not glued) and (latin or text[-1].isascii()):
             text += " "
         text += piece
         glued = token.endswith(CONTINUES)
