@@ -21,7 +21,9 @@ def end_of_sound(samples: Samples) -> int:
     frames = samples[: len(samples) // FRAME * FRAME].reshape(-1, FRAME)
     if not len(frames):
         return len(samples)
-    decibels = 10 * np.log10(np.einsum("ij,ij->i", frames, frames) / FRAME + 1e-12)
-    threshold = max(np.quantile(decibels, 0.1) + ABOVE_FLOOR_DB, decibels.max() - BELOW_PEAK_DB)
+    decibels = 10 * np.log10(np.square(frames).mean(1) + 1e-12)
+    tenth = len(decibels) // 10
+    floor = np.partition(decibels, tenth)[tenth]  # np.quantile costs 10 ms on its first call
+    threshold = max(floor + ABOVE_FLOOR_DB, decibels.max() - BELOW_PEAK_DB)
     loud = np.flatnonzero(decibels >= threshold)
     return int(loud[-1] + 1) * FRAME if len(loud) else len(samples)
