@@ -9,7 +9,6 @@ import logging
 import signal
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from edge_asr import __version__, metrics
@@ -59,7 +58,7 @@ def choose_gates(config: GatesConfig, bundle: Bundle) -> Gates:
     return Gates(**{key: bundle.gates.get(key, 0.0) if configured[key] is None else configured[key] for key in keys})
 
 
-def transcribe_files(config: Config, paths: Sequence[Path]) -> Iterator[tuple[Path, Transcript | EdgeAsrError]]:
+def transcribe_files(config: Config, paths: Sequence[str]) -> Iterator[tuple[str, Transcript | EdgeAsrError]]:
     """Yield every file's transcripts, or the error that a file met; the others are done all the same."""
     bundle = read_bundle(config.model)
     recognizer = load_recognizer(bundle, config.engine.threads)

@@ -72,7 +72,8 @@ def check_config(config: ConfigOption = None, override: OverrideOption = None) -
 
 @app.command()
 def transcribe(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Audio in any format.")],
+    # Not as paths: those would not be as given, for `./a.wav` would become `a.wav`.
+    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Audio in any format.")],
     json_lines: Annotated[bool, typer.Option("--json", help="Print a transcript a line, as JSON.")] = False,
     model: ModelOption = None,
     config: ConfigOption = None,

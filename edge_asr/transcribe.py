@@ -21,7 +21,7 @@ SILENCE: Samples = np.zeros(0, np.float32)
 
 
 def transcribe(
-    path: Path, recognizer: Recognizer, detector: SpeechDetector, rules: Rules, labels: Labels
+    path: str | Path, recognizer: Recognizer, detector: SpeechDetector, rules: Rules, labels: Labels
 ) -> Iterator[Transcript]:
     """Yield a file's transcripts, at least one.
 
