@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import sys
 import wave
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 
@@ -60,3 +63,13 @@ def write_wav(path: Path, samples: Samples) -> Path:
         out.setframerate(SAMPLE_RATE)
         out.writeframes(np.round(samples * 32767).astype("<i2").tobytes())
     return path
+
+
+def recipe(module: str) -> ModuleType:
+    """Import a module of the training recipe: its folder is no package, its modules import each other by name."""
+    folder = str(REPOSITORY / "engines" / "recipe")
+    sys.path.insert(0, folder)
+    try:
+        return importlib.import_module(module)
+    finally:
+        sys.path.remove(folder)
