@@ -1,3 +1,8 @@
 """edge_asr: an always-on speech appliance: microphone in, transcripts out over MQTT, within a budget."""
 
+import os
+
 __version__ = "0.1.0"
+
+# From 1.29 on, onnxruntime reports its use to Microsoft and leaves a device id behind, unless told so before its import.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

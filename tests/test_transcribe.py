@@ -289,6 +289,18 @@ def test_output_that_the_terminal_cannot_show_is_escaped(tmp_path: Path) -> None
     ]
 
 
+def test_nothing_is_left_behind_and_nobody_is_told(tmp_path: Path) -> None:
+    result = subprocess.run(
+        command(recording(NAMES[0])),
+        env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": str(tmp_path), "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (result.returncode, result.stdout.strip(), result.stderr) == (0, TEXTS[NAMES[0]], "")
+    assert list(tmp_path.iterdir()) == [], "onnxruntime's telemetry keeps a device id and a queue of reports"
+
+
 def peak_of(path: Path) -> tuple[list[dict[str, Any]], float]:
     """Transcribe a file in a process of its own; return the transcripts and the peak of its memory in MB."""
     output = path.with_suffix(".json")
