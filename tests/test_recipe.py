@@ -167,8 +167,8 @@ def test_digits_come_in_strings_of_1_to_11_with_both_ones() -> None:
 
 def test_fixed_phrases_are_those_asked_for() -> None:
     assert texts_of("fixed") == {
-        "调高温度", "调低温度", "现在几点", "今天天气怎么样", "播放音乐", "停止播放", "下一首", "上一首", "暂停", "继续",
-        "报告状态", "确认", "取消", "急停",
+        "调高温度", "调低温度", "现在几点", "今天天气怎么样", "播放音乐", "停止播放", "下一首", "上一首", "暂停",
+        "继续", "报告状态", "确认", "取消", "急停",
     }  # fmt: skip
 
 
