@@ -4,5 +4,5 @@ import os
 
 __version__ = "0.1.0"
 
-# From 1.29 on, onnxruntime reports its use to Microsoft and leaves a device id behind, unless told so before its import.
+# From 1.29 on, onnxruntime reports its use to Microsoft and keeps a device id, unless this is set before its import.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
