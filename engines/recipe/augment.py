@@ -70,24 +70,60 @@ def _warps() -> torch.Tensor:
 WARPS = _warps()
 
 
+def _blur() -> torch.Tensor:
+    """`[80, 80]`: a running mean over about 17 mel bins."""
+    distance = np.abs(np.arange(BINS)[:, None] - np.arange(BINS)[None])
+    weights = np.exp(-0.5 * (distance / 7.0) ** 2)
+    return torch.from_numpy((weights / weights.sum(0)).astype(np.float32))
+
+
+BLUR = _blur()
+
+
 def augment(
     frames: torch.Tensor, lengths: torch.Tensor, pool: torch.Tensor, mean: torch.Tensor, strength: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Augment padded log-mel `[B, F, 80]`; returns it with its new lengths. `strength` 0..1 widens every range."""
-    batch = len(frames)
-    stretch = 1 + strength * float(torch.empty(1).uniform_(-0.15, 0.15))
-    before = frames.shape[1]
-    size = max(8, round(before * stretch))
-    frames = torch.nn.functional.interpolate(frames.transpose(1, 2), size, mode="linear").transpose(1, 2)
-    lengths = (lengths * (size / before)).long().clamp(8, size)
+    frames, lengths = _bend_time(frames, lengths, strength)
+    frames = _change_voice(frames, strength)
+    frames = _add_noise(frames, lengths, pool, strength)
+    return torch.where(_masks(frames, lengths, strength), mean, frames), lengths
 
+
+def _bend_time(frames: torch.Tensor, lengths: torch.Tensor, strength: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Another tempo, and durations that vary from syllable to syllable as the synthesiser's do not."""
+    batch, before = frames.shape[:2]
+    stretch = 1 + strength * torch.empty(batch).uniform_(-0.15, 0.15)
+    after = (lengths * stretch).long().clamp_min(8)
+    size = int(after.max())
+    rates = torch.exp(0.25 * strength * torch.randn(batch, 1, max(2, size // 15)))
+    position = torch.cumsum(torch.nn.functional.interpolate(rates, size, mode="linear", align_corners=True)[:, 0], 1)
+    position = (position - position[:, :1]) / (position.gather(1, after[:, None] - 1) - position[:, :1])
+    position = (position * (lengths - 1)[:, None]).clamp_max(before - 1)
+    low = position.long().clamp_max(max(0, before - 2))
+    share = (position - low)[..., None]
+    index = low[..., None].expand(-1, -1, BINS)
+    return frames.gather(1, index) * (1 - share) + frames.gather(1, (index + 1).clamp_max(before - 1)) * share, after
+
+
+def _change_voice(frames: torch.Tensor, strength: float) -> torch.Tensor:
+    """Another tract, colour and loudness over time, and more or less contrast between formants and valleys."""
+    batch, size = frames.shape[:2]
     factors = (10 + (torch.randn(batch) * 4 * strength).round()).clamp(0, 20).long()
     frames = torch.bmm(frames, WARPS[factors])
-
+    smooth = frames @ BLUR
+    contrast = 1 + strength * torch.empty(batch, 1, 1).uniform_(-0.45, 0.2)
+    frames = smooth + contrast * (frames - smooth)
     knots = torch.randn(batch, 1, 7) * 1.2 * strength
     colour = torch.nn.functional.interpolate(knots, BINS, mode="linear", align_corners=True)
-    frames = frames + colour
+    knots = torch.randn(batch, 1, max(2, size // 25)) * 0.5 * strength
+    loudness = torch.nn.functional.interpolate(knots, size, mode="linear", align_corners=True)
+    return frames + colour + loudness.transpose(1, 2)
 
+
+def _add_noise(frames: torch.Tensor, lengths: torch.Tensor, pool: torch.Tensor, strength: float) -> torch.Tensor:
+    """Coloured noise, babble or almost nothing, at a ratio to the energy of the utterance."""
+    batch, size = frames.shape[:2]
     live = torch.arange(size)[None] < lengths[:, None]
     energy = torch.logsumexp(frames.masked_fill(~live[..., None], -30), (1, 2)) - torch.log(lengths * float(BINS))
     signal_to_noise = torch.empty(batch).uniform_(12 - 14 * strength, 35) * (np.log(10) / 10)
@@ -98,8 +134,12 @@ def augment(
     noise = noise + torch.randn(batch, 1, 7) @ _COLOUR_BASIS * 0.6
     level = energy - signal_to_noise
     level[torch.rand(batch) < 0.25] = -30
-    frames = torch.logaddexp(frames, noise + level[:, None, None])
+    return torch.logaddexp(frames, noise + level[:, None, None])
 
+
+def _masks(frames: torch.Tensor, lengths: torch.Tensor, strength: float) -> torch.Tensor:
+    """SpecAugment: two bands and two moments that are hidden, true where hidden."""
+    batch, size = frames.shape[:2]
     time = torch.arange(size)[None, :, None]
     bins = torch.arange(BINS)[None, None]
     hidden = torch.zeros(batch, size, BINS, dtype=torch.bool)
@@ -110,7 +150,7 @@ def augment(
         width = torch.rand(batch, 1, 1) * (6 + 16 * strength)
         first = torch.rand(batch, 1, 1) * BINS
         hidden |= (bins >= first) & (bins < first + width)
-    return torch.where(hidden, mean, frames), lengths
+    return hidden
 
 
 _COLOUR_BASIS = torch.nn.functional.interpolate(torch.eye(7)[None], BINS, mode="linear", align_corners=True)[0]
