@@ -264,6 +264,23 @@ def test_an_idle_daemon_ends_within_two_seconds_while_the_broker_is_absent(start
     assert daemon.complaints == []
 
 
+def test_an_idle_daemon_ends_within_two_seconds_while_the_broker_hangs(broker: Mosquitto, start: Start) -> None:
+    with Subscriber(broker.port) as subscriber:
+        daemon = start(broker.port, "--source", "stdin")
+        subscriber.wait_for(is_ready, "ready")
+    broker.freeze()
+    assert daemon.stop() == 0
+    assert daemon.complaints == []
+
+
+def test_a_daemon_that_is_still_loading_ends_within_two_seconds(broker: Mosquitto, start: Start) -> None:
+    with Subscriber(broker.port) as subscriber:
+        daemon = start(broker.port, "--source", "stdin")
+        subscriber.wait_for(lambda s: "starting" in states(s), "starting")
+        assert daemon.stop() == 0
+        subscriber.wait_for(is_offline, "offline")
+
+
 def test_a_daemon_that_plays_a_file_ends_within_two_seconds_too(broker: Mosquitto, start: Start) -> None:
     with Subscriber(broker.port) as subscriber:
         daemon = start(broker.port, *played(NAMES[1]))
