@@ -8,7 +8,7 @@ import dataclasses
 import logging
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 from edge_asr import __version__, metrics
@@ -98,7 +98,7 @@ class Daemon:
         self._publisher = (
             MqttPublisher(config.mqtt, config.device_id, finish=self._settle) if config.mqtt.enabled else None
         )
-        self._health: dict[str, str] = {}
+        self._health: list[dict[str, str]] = []
         self._failures: list[EdgeAsrError] = []
         self._listeners: list[Listener] = []
         self._tasks: list[asyncio.Task[None]] = []
@@ -168,10 +168,12 @@ class Daemon:
         for config in self._config.sources:
             source = make_source(config)
             listener = self._make_listener(source, is_live(config))
-            self._health[source.name] = "listening"
+            health = {"name": source.name, "health": "listening"}
+            self._health.append(health)
             self._listeners.append(listener)
-            self._tasks.append(asyncio.create_task(self._listen(listener, source.name), name=f"listen {source.name}"))
-        log.info("listening to %s", ", ".join(self._health) or "nothing: no sources are configured")
+            self._tasks.append(asyncio.create_task(self._listen(listener, health), name=f"listen {source.name}"))
+        names = ", ".join(health["name"] for health in self._health)
+        log.info("listening to %s", names or "nothing: no sources are configured")
         self._publish_state()
 
     def _make_listener(self, source: AudioSource, live: bool) -> Listener:
@@ -187,15 +189,15 @@ class Daemon:
             live,
         )
 
-    async def _listen(self, listener: Listener, name: str) -> None:
+    async def _listen(self, listener: Listener, health: dict[str, str]) -> None:
         """Run one listener; its failure is its own."""
         try:
             await listener.run()
-            self._health[name] = "ended"
+            health["health"] = "ended"
         except EdgeAsrError as error:
-            log.error("%s failed: %s", name, error)
+            log.error("%s failed: %s", health["name"], error)
             self._failures.append(error)
-            self._health[name] = "failed"
+            health["health"] = "failed"
         self._publish_state()
 
     async def _stop_listeners(self) -> None:
@@ -213,6 +215,7 @@ class Daemon:
         publisher = self._publisher
         while publisher is not None and publisher.stats().queued and self._drain_left_s() and not self._stop.is_set():
             await asyncio.sleep(0.02)
+        self._publish_state()  # with the last counts
         if publisher is not None and (left := publisher.stats().queued):
             where = f"{self._config.mqtt.host}:{self._config.mqtt.port}"
             self._failures.append(
@@ -252,7 +255,7 @@ class Daemon:
     def _publish_state(self, state: str | None = None, why: str = "") -> None:
         if self._publisher is None:
             return
-        failed = [name for name, health in self._health.items() if health == "failed"]
+        failed = [health["name"] for health in self._health if health["health"] == "failed"]
         if state is None:
             state, why = ("degraded", f"failed: {', '.join(failed)}") if failed else ("ready", "")
         described: dict[str, Any] = {
@@ -260,7 +263,7 @@ class Daemon:
             "why": why,
             "engine": self._bundle.engine,
             "model": self._bundle.name,
-            "sources": [{"name": name, "health": health} for name, health in self._health.items()],
+            "sources": self._health,
             "mute": False,
             "preset": self._config.segment.preset,
             "listen": "always",
@@ -271,14 +274,13 @@ class Daemon:
         self._publisher.set_state(described)
 
 
-async def run_daemon(config: Config, ready: Callable[[], None] = lambda: None) -> None:
+async def run_daemon(config: Config) -> None:
     """Run until SIGTERM, SIGINT or the end of all sources. Raises EdgeAsrError."""
     daemon = Daemon(config)
     loop = asyncio.get_running_loop()
     for number in STOP_SIGNALS:
         loop.add_signal_handler(number, _stop_on_signal, daemon, loop)
     async with daemon.running():
-        ready()
         await daemon.finished()
 
 

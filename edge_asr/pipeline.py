@@ -129,6 +129,7 @@ class Listener:
         self._pending: asyncio.Queue[tuple[Segment, Future[Recognition], bool] | None] = asyncio.Queue(PENDING_LIMIT)
         self._id: SegmentId | None = None
         self._revision = 0
+        self._stopping = False
         self._early: tuple[int, int, Future[Recognition]] | None = None
 
     async def run(self) -> None:
@@ -140,8 +141,7 @@ class Listener:
                 for event in self._segmenter.step(self._detector(chunk)):
                     await self._handle(event)
                 self._recording.forget(self._segmenter.earliest_needed)
-            for event in self._segmenter.finish():
-                await self._handle(event)
+            await self._finish()
             await self._pending.put(None)
             await answering
         finally:
@@ -149,8 +149,17 @@ class Listener:
             answering.cancel()
 
     def stop(self) -> None:
-        """End the source; `run` then completes what was being said and returns."""
+        """End the source; `run` then completes what has been said and returns. What is still being said is dropped."""
+        self._stopping = True
         self._source.close()
+
+    async def _finish(self) -> None:
+        """End the segment that is open. Half a command must not be acted on: 调到二十 may have become 二十六."""
+        if self._stopping and self._id is not None and not self._segmenter.paused:
+            log.info("%s: stopped in the middle of a segment, which is dropped", self._labels.source)
+            return
+        for event in self._segmenter.finish():
+            await self._handle(event)
 
     async def _handle(self, event: Event) -> None:
         match event:

@@ -100,6 +100,7 @@ class MqttPublisher:
         self._lock = threading.Lock()  # guards the four that other threads write
         self._inbox: deque[_Record] = deque()  # at most QUEUE_LIMIT, drops the oldest, counted in _rejected
         self._rejected = 0
+        self._taken = 0  # out of the inbox and not yet waiting
         self._state: str | None = None
         self._close_by: float | None = None
 
@@ -148,7 +149,7 @@ class MqttPublisher:
             said=self._said,
             dropped_live=self._dropped_live + self._rejected,
             dropped_transcripts=self._dropped_transcripts + self._rejected,
-            queued=len(self._inbox) + len(self._waiting) + len(self._in_flight),
+            queued=len(self._inbox) + self._taken + len(self._waiting) + len(self._in_flight),
             reconnects=max(0, self._greetings - 1),
         )
 
@@ -193,12 +194,14 @@ class MqttPublisher:
         while self._inbox:
             with self._lock:
                 record = self._inbox.popleft()
+                self._taken = 1
             try:
                 record.transcript = self._finish(record.transcript)
             except Exception:  # the hook is another's; a sentence without its trace is better than none
                 log.exception("the transcript %s could not be finished", record.transcript.id)
             record.replayed = self._connection is None or not self._connection.up
             self._waiting.append(record)
+            self._taken = 0
             if len(self._waiting) + len(self._in_flight) > QUEUE_LIMIT:
                 self._waiting.popleft()
                 self._dropped_transcripts += 1

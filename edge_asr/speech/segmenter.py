@@ -93,6 +93,11 @@ class Segmenter:
             return self._start
         return max(self._floor, self._count - self._run - self._rules.pre_roll)
 
+    @property
+    def paused(self) -> bool:
+        """True while the open segment is silent: between `Paused` and `Resumed` or `Ended`."""
+        return self._paused
+
     def step(self, probability: float) -> Iterator[Event]:
         """Take the next chunk's probability and yield what follows from it."""
         chunk = self._count
