@@ -314,11 +314,11 @@ async def test_close_finishes_what_is_under_way_drops_the_rest_and_releases_the_
     under_way, waiting = scheduler.submit(sound(1)), scheduler.submit(sound(2))
     await asyncio.to_thread(probe.busy.wait, 30)
     closing = asyncio.create_task(scheduler.close())
-    while not waiting.cancelled():
-        await asyncio.sleep(0)
+    await asyncio.wait([asyncio.wrap_future(waiting)], timeout=30)
     closed_early = probe.closed
     probe.go_on.set()
     await closing
+    assert waiting.cancelled()
     assert under_way.result().text == "好"
     assert probe.lengths == [1]
     assert (closed_early, probe.closed) == (False, True)
