@@ -118,7 +118,8 @@ def _change_voice(frames: torch.Tensor, strength: float) -> torch.Tensor:
     colour = torch.nn.functional.interpolate(knots, BINS, mode="linear", align_corners=True)
     knots = torch.randn(batch, 1, max(2, size // 25)) * 0.5 * strength
     loudness = torch.nn.functional.interpolate(knots, size, mode="linear", align_corners=True)
-    return frames + colour + loudness.transpose(1, 2)
+    grain = torch.rand(batch, 1, 1) * 0.5 * strength  # a person's spectrum is rougher than a synthesiser's
+    return frames + colour + loudness.transpose(1, 2) + grain * torch.randn_like(frames)
 
 
 def _add_noise(frames: torch.Tensor, lengths: torch.Tensor, pool: torch.Tensor, strength: float) -> torch.Tensor:

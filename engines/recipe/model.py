@@ -17,7 +17,7 @@ WIDTH = 176
 
 def configuration(ctc_weight: float = 0.0) -> dict[str, Any]:
     """FunASR's configuration of the network; CTC is there while training only."""
-    dropout = {"dropout_rate": 0.0, "positional_dropout_rate": 0.0}
+    dropout = {"dropout_rate": 0.1, "positional_dropout_rate": 0.0}
     return {
         "encoder": "SANMEncoder",
         "encoder_conf": {
