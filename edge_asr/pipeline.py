@@ -130,6 +130,8 @@ class Listener:
         self._id: SegmentId | None = None
         self._revision = 0
         self._stopping = False
+        self.lost = 0
+        """Segments that the engine failed on."""
         self._early: tuple[int, int, Future[Recognition]] | None = None
 
     async def run(self) -> None:
@@ -213,7 +215,7 @@ class Listener:
             index=chunks[0].index,
             speech_ratio=speech / len(chunks),
             started_at=now_wall - (now - chunks[0].captured_at) if self._live else None,
-            marks=Marks(speech_ended_at=last.captured_at + within / SAMPLE_RATE, segment_ended_at=now),
+            marks=Marks(last.captured_at + within / SAMPLE_RATE, now) if self._live else None,
         )
 
     async def _answer(self) -> None:
@@ -223,10 +225,12 @@ class Listener:
             try:
                 recognition = await asyncio.wrap_future(future)
             except EngineError as error:
+                self.lost += 1
                 metrics.FAILED.inc()
                 log.error("%s: a segment of %.1f s is lost: %s", self._labels.source, segment.duration_s, error)
                 continue
             except Exception:  # a bug met by one sentence must not end the listening
+                self.lost += 1
                 metrics.FAILED.inc()
                 log.exception("%s: a segment of %.1f s is lost", self._labels.source, segment.duration_s)
                 continue

@@ -122,7 +122,7 @@ def test_the_name_of_a_model_is_its_folder(folder: Path, monkeypatch: pytest.Mon
 
 
 def test_a_card_gives_the_thresholds_of_the_gates(folder: Path) -> None:
-    assert not read_bundle(BUNDLE).gates or all(value >= 0 for value in read_bundle(BUNDLE).gates.values())
+    assert read_bundle(BUNDLE).gates, "the bundled model has thresholds"
     (folder / "card.yaml").write_text("gates:\n  min_confidence: 0.5\n  max_tokens_per_s: 9\n")
     assert read_bundle(folder).gates == {"min_confidence": 0.5, "max_tokens_per_s": 9.0}
 
@@ -308,6 +308,26 @@ def test_a_pointer_of_git_lfs_is_no_graph(folder: Path) -> None:
     refused(folder, str(folder / "model.onnx"), "copy the bundle again")
 
 
+def test_a_folder_that_cannot_exist_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="cannot be read") as caught:
+        read_bundle(tmp_path / ("x" * 300))
+    assert caught.value.exit_code == 3
+
+
+def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
+    refused(tmp_path, str(tmp_path), "or empty", "set `model`")
+
+
+def test_a_token_list_that_is_nested_without_end_is_refused(folder: Path) -> None:
+    (folder / "tokens.json").write_text("[" * 100_000)
+    refused(folder, str(folder / "tokens.json"), "copy the bundle again")
+
+
+def test_a_normalisation_out_of_all_bounds_is_refused(folder: Path) -> None:
+    (folder / "am.mvn").write_text(cmvn(RIGHT, RIGHT.replace("1.5", "1e38")))
+    refused(folder, str(folder), "no finite numbers", "copy the bundle again")
+
+
 def test_a_graph_of_another_model_is_refused(folder: Path) -> None:
     shutil.copy(SILERO, folder / "model.onnx")
     refused(folder, str(folder / "model.onnx"), "no Paraformer graph", "set `model`")
@@ -321,8 +341,17 @@ def test_a_graph_of_another_model_without_normalisation_is_refused(folder: Path)
 
 @pytest.mark.parametrize(
     "card",
-    ["gates: [1, 2]", "gates: {min_confidence: high}", "- gates", "gates: {a: [", "\x00", "gates: {a: null}"],
-    ids=["list", "no number", "no mapping", "no yaml", "no text", "null"],
+    [
+        "gates: [1, 2]",
+        "gates: {min_confidence: high}",
+        "- gates",
+        "gates: {a: [",
+        "\x00",
+        "gates: {min_confidnce: 0.9}",
+        "gates: {min_confidence: .nan}",
+        "gates: {min_confidence: 90}",
+    ],
+    ids=["list", "no number", "no mapping", "no yaml", "no text", "unknown key", "nan", "per cent"],
 )
 def test_a_damaged_card_is_refused(folder: Path, card: str) -> None:
     (folder / "card.yaml").write_text(card)

@@ -21,8 +21,8 @@ from edge_asr.types import SAMPLE_RATE, Chunk, Marks, Recognition, Samples, Segm
 Sound = npt.NDArray[np.float64]
 
 BUNDLE = bundle_of("onnx-fp32")
-GATES = choose_gates(GatesConfig(), BUNDLE) if BUNDLE.gates else Gates(min_speech_ratio=0.27)
-"""The thresholds of the bundle's card; without one, what keeps door slams out."""
+GATES = choose_gates(GatesConfig(), BUNDLE)
+"""What the appliance goes by: the thresholds of the bundle's card."""
 OFF = Gates()
 SECONDS = 20
 

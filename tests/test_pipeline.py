@@ -116,6 +116,7 @@ async def test_a_file_as_fast_as_it_goes_is_decoded_only_at_the_end_of_a_segment
     assert scheduler.asked == [18]
     assert not transcript.decoded_at_pause
     assert transcript.started_at is None
+    assert transcript.marks is None, "no latency: nobody waited for it"
 
 
 async def test_stopping_in_the_middle_of_a_sentence_publishes_no_half_of_it() -> None:

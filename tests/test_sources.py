@@ -313,3 +313,20 @@ def test_a_process_ends_though_its_input_does_not() -> None:
         process.stdin.flush()
         assert process.stdout.read() == b"0\ncancelled\n"
         assert process.wait() == 0
+
+
+async def test_a_named_pipe_is_refused_for_it_could_block_for_ever(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.wav")
+    with pytest.raises(AudioError, match=r"pipe\.wav: is no regular file; pipe sound into"):
+        await anext(FileSource(tmp_path / "pipe.wav").chunks())
+
+
+def test_closed_standard_input_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(AudioError, match="standard input is closed"):
+        StdinSource()
+
+
+async def test_a_name_that_is_no_path_is_refused() -> None:
+    with pytest.raises(AudioError, match="is no path"):
+        await anext(FileSource("a\0b").chunks())

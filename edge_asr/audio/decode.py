@@ -91,6 +91,8 @@ def _open(source: str | Path | BinaryIO, name: str) -> AbstractContextManager[Bi
         return nullcontext(source)
     try:
         return Path(source).open("rb")
+    except ValueError as error:
+        raise AudioError(f"{name!r}: is no path; correct the name") from error
     except OSError as error:
         why = next((why for kind, why in _OPEN_ERRORS if isinstance(error, kind)), f"{error.strerror}; check the path")
         raise AudioError(f"{name}: {why}") from error

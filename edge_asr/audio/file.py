@@ -11,6 +11,7 @@ from typing import cast
 
 from edge_asr.audio.decode import decode
 from edge_asr.audio.source import Chunker
+from edge_asr.errors import AudioError
 from edge_asr.types import CHUNK_S, SAMPLE_RATE, Chunk, Samples
 
 
@@ -29,6 +30,7 @@ class FileSource:
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self.name = name or f"file:{path}"
+        self._path = Path(path)
         self._realtime = realtime
         self._clock = clock
         self._sleep = sleep
@@ -41,6 +43,9 @@ class FileSource:
         """Yield the file. At real-time pace a chunk comes when a microphone would have captured its last sample."""
         chunker = Chunker(self._captured_at)
         try:
+            if self._path.exists() and not self._path.is_file() and not self._path.is_dir():
+                # Reading it could block for ever, and nothing could end that.
+                raise AudioError(f"{self._path}: is no regular file; pipe sound into the source `stdin` instead")
             while True:
                 block = await self._next_block()
                 for chunk in chunker.flush() if block is None else chunker.push(block):

@@ -27,7 +27,7 @@ _BYTES_PER_SAMPLE = 2
 
 
 class StdinSource:
-    """Plays what arrives on a stream; see AudioSource.
+    """Plays what arrives on a stream; see AudioSource. Raises AudioError where standard input is closed.
 
     A stream with a file descriptor (a pipe, a socket, a file) is read unbuffered and may block; one without, such as
     `io.BytesIO`, must not. The stream stays open.
@@ -37,7 +37,7 @@ class StdinSource:
         self, stream: IO[bytes] | None = None, name: str = "stdin", clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.name = name
-        self._stream = sys.stdin.buffer if stream is None else stream
+        self._stream = _standard_input(name) if stream is None else stream
         self._clock = clock
         self._arrived_at = 0.0
         self._odd = b""
@@ -103,3 +103,9 @@ class StdinSource:
         if data:
             self._arrived_at = self._clock()
         return data
+
+
+def _standard_input(name: str) -> IO[bytes]:
+    if sys.stdin is None:
+        raise AudioError(f"{name}: standard input is closed; pipe sound in")
+    return sys.stdin.buffer

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from edge_asr.config import GatesConfig
 from edge_asr.errors import BundleError
 from edge_asr.recognizer.features import WIDTH, Features
 
@@ -47,8 +48,14 @@ class Bundle:
 
 def read_bundle(folder: Path) -> Bundle:
     """Read what lies in `folder`; raises BundleError where something is missing or damaged."""
-    if not folder.is_dir():
-        raise BundleError(f"{folder}: no such folder; set `model` (or --model) to the folder of a Paraformer bundle")
+    try:
+        readable = folder.is_dir() and any(folder.iterdir())
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{folder}: cannot be read ({error}); correct the name or its permissions") from error
+    if not readable:
+        raise BundleError(
+            f"{folder}: no such folder, or empty; set `model` (or --model) to the folder of a Paraformer bundle"
+        )
     graph, engine = _find_graph(folder)
     tokens = _read_tokens(folder)
     mvn = folder / "am.mvn"
@@ -89,7 +96,7 @@ def _read_tokens(folder: Path) -> tuple[str, ...]:
     try:
         text = path.read_text(encoding="utf-8")
         tokens = _token_array(json.loads(text)) if path.suffix == ".json" else _token_lines(text)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BundleError(f"{path}: not a token list ({error}); copy the bundle again") from error
     if len(tokens) < 4:
         raise BundleError(f"{path}: holds {len(tokens)} tokens, which is no vocabulary; copy the bundle again")
@@ -143,6 +150,10 @@ def _read_card(path: Path) -> Mapping[str, float]:
         return {}
     try:
         card = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        return {str(key): float(value) for key, value in (card.get("gates") or {}).items()}
-    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
-        raise BundleError(f"{path}: not a card; expected `gates:` with numbers, or remove the file") from error
+        gates = GatesConfig.model_validate(card.get("gates") or {})
+    except (OSError, ValueError, AttributeError, RecursionError, yaml.YAMLError) as error:
+        known = ", ".join(GatesConfig.model_fields)
+        raise BundleError(
+            f"{path}: not a card; expected `gates:` with numbers for {known}; correct it, or remove the file"
+        ) from error
+    return gates.model_dump(exclude_none=True)

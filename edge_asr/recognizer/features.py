@@ -16,8 +16,6 @@ STACK = 7
 STEP = 6
 """Frames from one row to the next: 60 ms."""
 WIDTH = BINS * STACK
-FRAME_SAMPLES = 400
-"""25 ms: shorter audio has no frame."""
 
 
 class FeatureExtractor:

@@ -61,7 +61,7 @@ def _load(path: Path, threads: int) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what fails is raised, and said by us
     # Threads that spin between two sentences would cost an idle appliance a core.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:

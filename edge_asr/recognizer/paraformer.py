@@ -57,6 +57,8 @@ class Paraformer:
         """Return the best id and its log-probability, `[N]` each, for features `[T, 560]`."""
         scores, count = self._run(features)
         scores = scores[:count]
+        if not np.isfinite(scores).all():
+            raise EngineError(f"{self.bundle.graph}: the scores are not finite")
         # Published graphs end in a log-softmax, some exports in plain scores: normalising is right for both.
         shares = np.exp(scores - scores.max(-1, keepdims=True)).sum(-1)
         return scores.argmax(-1), -np.log(shares)
@@ -74,9 +76,13 @@ class Paraformer:
         """Compare the graph's vocabulary with the token list: a wrong list would give fluent nonsense."""
         noise = np.random.default_rng(0).standard_normal(SAMPLE_RATE).astype(np.float32) * np.float32(0.1)
         try:
-            scores, _ = self._run(self._features(noise))
+            with np.errstate(over="ignore"):  # what overflows is refused below
+                features = self._features(noise)
+            scores, _ = self._run(features)
         except EngineError as error:
             raise self._no_paraformer(str(error)) from error
+        if not (np.isfinite(features).all() and np.isfinite(scores).all()):
+            raise BundleError(f"{self.bundle.graph.parent}: gives no finite numbers on noise; copy the bundle again")
         if scores.shape[-1] != len(self.bundle.tokens):
             raise BundleError(
                 f"{self.bundle.graph.parent}: the token list holds {len(self.bundle.tokens)} tokens, the model"
@@ -85,8 +91,8 @@ class Paraformer:
 
     def _no_paraformer(self, why: str) -> BundleError:
         return BundleError(
-            f"{self.bundle.graph}: no Paraformer graph; set `model` (or --model) to the folder of a Paraformer bundle"
-            f" ({why})"
+            f"{self.bundle.graph}: damaged, or no Paraformer graph; copy the bundle again, or set `model` (or"
+            f" --model) to the folder of a Paraformer bundle ({why})"
         )
 
 

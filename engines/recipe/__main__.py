@@ -13,7 +13,7 @@ HERE = Path(__file__).resolve().parent
 SHARDS = 70
 FIRST_SHARDS = 16
 """Training starts once these are there; the others follow while it runs."""
-STEPS = 11_500
+STEPS = 10_500
 
 
 def main() -> None:
