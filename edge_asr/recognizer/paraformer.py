@@ -75,19 +75,23 @@ class Paraformer:
     def _check_vocabulary(self) -> None:
         """Compare the graph's vocabulary with the token list: a wrong list would give fluent nonsense."""
         noise = np.random.default_rng(0).standard_normal(SAMPLE_RATE).astype(np.float32) * np.float32(0.1)
+        with np.errstate(over="ignore"):  # what overflows is refused right here
+            features = self._features(noise)
+        self._check_finite(features)
         try:
-            with np.errstate(over="ignore"):  # what overflows is refused below
-                features = self._features(noise)
             scores, _ = self._run(features)
         except EngineError as error:
             raise self._no_paraformer(str(error)) from error
-        if not (np.isfinite(features).all() and np.isfinite(scores).all()):
-            raise BundleError(f"{self.bundle.graph.parent}: gives no finite numbers on noise; copy the bundle again")
+        self._check_finite(scores)
         if scores.shape[-1] != len(self.bundle.tokens):
             raise BundleError(
                 f"{self.bundle.graph.parent}: the token list holds {len(self.bundle.tokens)} tokens, the model"
                 f" {scores.shape[-1]}; they are not of one bundle, copy it again"
             )
+
+    def _check_finite(self, values: npt.NDArray[np.float32]) -> None:
+        if not np.isfinite(values).all():
+            raise BundleError(f"{self.bundle.graph.parent}: gives no finite numbers on noise; copy the bundle again")
 
     def _no_paraformer(self, why: str) -> BundleError:
         return BundleError(
