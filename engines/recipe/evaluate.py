@@ -68,7 +68,7 @@ def character_error_rate(pairs: Iterable[tuple[str, str]]) -> float:
     for reference, hypothesis in pairs:
         edits += distance(reference, hypothesis)
         length += len(reference)
-    return 100 * edits / max(1, length)
+    return round(100 * edits / max(1, length), 2)
 
 
 def distance(reference: str, hypothesis: str) -> int:
