@@ -13,6 +13,8 @@ GATED = Counter("edge_asr_gated", "Segments not published, by the gate that drop
 FAILED = Counter("edge_asr_failed", "Segments lost because the engine failed on them.")
 LATE = Counter("edge_asr_late", "Transcripts published later than the budget allows.")
 DECODED_AT_PAUSE = Counter("edge_asr_decoded_at_pause", "Transcripts whose decoding began before their segment ended.")
+DROPPED_SAID = Counter("edge_asr_dropped_said", "Transcripts not published for acting: broker away, or too old.")
+DROPPED_TRANSCRIPTS = Counter("edge_asr_dropped_transcripts", "Transcripts given up before the broker had them.")
 RESPONSE = Histogram(
     "edge_asr_response_seconds",
     "From the end of a segment to its publication.",

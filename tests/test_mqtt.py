@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from mosquitto import Door, Mosquitto, Subscriber, free_port, wait_for
+from prometheus_client import REGISTRY
 
 from edge_asr.config import MqttConfig
 from edge_asr.publish import mqtt
+from edge_asr.publish.connection import Connection
 from edge_asr.publish.mqtt import MqttPublisher
-from edge_asr.types import Transcript, new_segment_id
+from edge_asr.types import Marks, Transcript, new_segment_id
 
 BASE = "edge_asr/hall"
 
@@ -240,6 +244,84 @@ def test_a_broker_that_hangs_delivers_no_old_command_when_it_wakes_up(broker: Mo
         assert texts_on(subscriber, "transcript") == [*spoken, "现在"]
 
 
+def test_a_command_recognised_too_late_reaches_the_record_and_not_said(broker: Mosquitto) -> None:
+    with publishing(config(broker.port, live_for_s=5)) as publisher, Subscriber(broker.port) as subscriber:
+        connected(publisher)
+        for text, ended_s_ago in (("太晚", 9.0), ("现在", 0.1)):
+            ended_at = time.monotonic() - ended_s_ago
+            publisher.offer(dataclasses.replace(transcript(text), marks=Marks(ended_at - 0.4, ended_at)))
+        subscriber.wait_for(lambda s: s.on("said") and len(s.on("transcript")) == 2, "said and the record")
+        assert texts_on(subscriber, "transcript") == ["太晚", "现在"]
+        assert texts_on(subscriber, "said") == ["现在"]
+        assert (publisher.stats().said, publisher.stats().dropped_live) == (1, 1)
+
+
+def test_what_utf_8_cannot_express_arrives_escaped(broker: Mosquitto) -> None:
+    source = os.fsdecode(b"file:bad\xff.wav")
+    with publishing(config(broker.port)) as publisher, Subscriber(broker.port) as subscriber:
+        publisher.set_state({"sources": [source, "file:好.wav"]})
+        connected(publisher)
+        publisher.offer(dataclasses.replace(transcript("打开"), source=source))
+        subscriber.wait_for(lambda s: s.on("said") and s.on("transcript") and s.on("state"), "all messages")
+        assert {m.json["source"] for m in [*subscriber.on("said"), *subscriber.on("transcript")]} == {source}
+        assert subscriber.on("state")[0].json == {"sources": [source, "file:好.wav"]}
+        assert publisher.stats().reconnects == 0
+
+
+def test_a_transcript_that_cannot_be_published_is_tried_twice_and_lets_the_others_pass(
+    broker: Mosquitto, caplog: pytest.LogCaptureFixture
+) -> None:
+    with publishing(config(broker.port)) as publisher, Subscriber(broker.port) as subscriber:
+        connected(publisher)
+        poison = dataclasses.replace(transcript("坏"), started_at=1e20)  # no calendar goes so far
+        for given in (transcript("一"), poison, transcript("二")):
+            publisher.offer(given)
+        subscriber.wait_for(lambda s: "二" in texts_on(s, "transcript"), "the transcript behind it")
+        wait_for(lambda: publisher.stats().queued == 0, "the acknowledgements")
+        assert unique(texts_on(subscriber, "transcript")) == ["一", "二"]
+        stats = publisher.stats()
+        assert (stats.sent, stats.dropped_transcripts, stats.reconnects) == (2, 1, 1)
+    assert f"the transcript {poison.id} cannot be published and is dropped" in caplog.text
+
+
+def test_a_transcript_whose_publishing_failed_once_is_published_on_the_next_connection(
+    broker: Mosquitto, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish, failing = Connection.publish, [RuntimeError("on purpose")]
+
+    def fail_once(self: Connection, topic: str, payload: str, *, qos: int, retain: bool = False) -> int:
+        if topic.endswith("/transcript") and failing:
+            raise failing.pop()
+        return publish(self, topic, payload, qos=qos, retain=retain)
+
+    monkeypatch.setattr(Connection, "publish", fail_once)
+    with publishing(config(broker.port)) as publisher, Subscriber(broker.port) as subscriber:
+        connected(publisher)
+        offer_all(publisher, ["一", "二"])
+        wait_for(lambda: publisher.stats().sent == 2, "the acknowledgements")
+        assert texts_on(subscriber, "transcript") == ["一", "二"]
+        assert publisher.stats().dropped_transcripts == 0
+
+
+def test_a_transcript_counts_as_queued_also_while_it_is_being_published(
+    broker: Mosquitto, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish, queued = Connection.publish, []
+
+    def note(self: Connection, topic: str, payload: str, *, qos: int, retain: bool = False) -> int:
+        if topic.endswith("/transcript"):
+            queued.append(publisher.stats().queued)
+        return publish(self, topic, payload, qos=qos, retain=retain)
+
+    monkeypatch.setattr(Connection, "publish", note)
+    with publishing(config(broker.port)) as publisher:
+        connected(publisher)
+        publisher.offer(transcript("打开"))
+        wait_for(lambda: publisher.stats().sent == 1, "the acknowledgement")
+        assert queued == [1]
+        assert publisher.stats().queued == 0
+
+
 def test_transcripts_are_neither_lost_nor_disordered_by_a_connection_that_breaks(broker: Mosquitto) -> None:
     door = Door(broker.port)
     door.open()
@@ -332,15 +414,27 @@ def test_the_close_drains_what_is_queued(broker: Mosquitto) -> None:
         assert texts_on(subscriber, "transcript") == texts
 
 
-def test_a_full_queue_drops_the_oldest_and_counts_it(broker: Mosquitto, monkeypatch: pytest.MonkeyPatch) -> None:
+def counted(name: str) -> float:
+    """Return what a counter stands at."""
+    value = REGISTRY.get_sample_value(f"edge_asr_{name}_total")
+    assert value is not None
+    return value
+
+
+def test_a_full_queue_drops_the_oldest_counts_it_and_says_so_once(
+    broker: Mosquitto, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(mqtt, "QUEUE_LIMIT", 10)
+    before = counted("dropped_transcripts"), counted("dropped_said")
     door = Door(broker.port)
     with publishing(config(door.port)) as publisher, Subscriber(broker.port) as subscriber:
         for number in range(25):
             publisher.offer(transcript(str(number)))
-            assert publisher.stats().queued <= 10
+            assert publisher.stats().queued <= 20, "ten offered and ten waiting"
         wait_for(lambda: publisher.stats().dropped_live == 25, "the end of the commands")
         assert (publisher.stats().queued, publisher.stats().dropped_transcripts) == (10, 15)
+        assert (counted("dropped_transcripts") - before[0], counted("dropped_said") - before[1]) == (15, 25)
+        assert caplog.text.count("10 transcripts wait for the broker: from now on the oldest are dropped") == 1
         door.open()
         subscriber.wait_for(lambda s: len(s.on("transcript")) == 10, "the newest ten")
         assert texts_on(subscriber, "transcript") == [str(number) for number in range(15, 25)]

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from edge_asr import metrics
 from edge_asr.config import MqttConfig
 from edge_asr.publish.connection import Connection
 from edge_asr.types import Transcript
@@ -46,7 +47,7 @@ class PublisherStats:
     dropped_live: int
     """Transcripts not published on `said`: the broker was away, or they had become too old."""
     dropped_transcripts: int
-    """Transcripts given up: the queue was full, or they were left over at the close or came after it."""
+    """Transcripts given up: no room, left over at the close, offered after it, or impossible to publish."""
     queued: int
     """Transcripts not yet acknowledged, those in flight included."""
     reconnects: int
@@ -62,6 +63,14 @@ class _Record:
     """Monotonic seconds."""
     replayed: bool = False
     """It could not be sent on the connection of its moment."""
+    failed: bool = False
+    """Publishing it has raised."""
+
+    @property
+    def ended_at(self) -> float:
+        """When its speech was seen to have ended (monotonic seconds); the offer, where it did not come in live."""
+        marks = self.transcript.marks
+        return self.offered_at if marks is None else marks.segment_ended_at
 
     def payload(self, **extra: str) -> str:
         """Return the JSON of the transcript with its age as of now."""
@@ -97,10 +106,10 @@ class MqttPublisher:
         self._bell.setblocking(False)
         self._ear.setblocking(False)
 
-        self._lock = threading.Lock()  # guards the four that other threads write
+        self._lock = threading.Lock()  # guards the five that other threads write
         self._inbox: deque[_Record] = deque()  # at most QUEUE_LIMIT, drops the oldest, counted in _rejected
+        self._offered = 0
         self._rejected = 0
-        self._taken = 0  # out of the inbox and not yet waiting
         self._state: str | None = None
         self._close_by: float | None = None
 
@@ -114,6 +123,7 @@ class MqttPublisher:
         self._failures = 0  # since a connection lasted
         self._retry_at = -math.inf
         self._warned: set[bool] = set()  # in this outage: of the absence (False), of the refusal (True)
+        self._full = False  # it has been said that there is no room
         self._sent = self._said = self._dropped_live = self._dropped_transcripts = 0
 
     def start(self) -> None:
@@ -124,13 +134,20 @@ class MqttPublisher:
         """Take a transcript, from any thread, without blocking."""
         record = _Record(transcript, time.monotonic())
         with self._lock:
-            if self._close_by is not None:
+            closing = self._close_by is not None
+            full = len(self._inbox) >= QUEUE_LIMIT
+            self._offered += 1
+            if closing or full:
                 self._rejected += 1
+                metrics.DROPPED_SAID.inc()
+                metrics.DROPPED_TRANSCRIPTS.inc()
+            if closing:
                 return
-            if len(self._inbox) >= QUEUE_LIMIT:
+            if full:
                 self._inbox.popleft()
-                self._rejected += 1
             self._inbox.append(record)
+        if full:
+            self._warn_of_no_room()
         self._wake()
 
     def set_state(self, state: Mapping[str, Any]) -> None:
@@ -143,13 +160,16 @@ class MqttPublisher:
     def stats(self) -> PublisherStats:
         """Return the counters, from any thread."""
         connection = self._connection
+        sent, dropped, dropped_live = self._sent, self._dropped_transcripts, self._dropped_live
+        with self._lock:  # read last: of what moves meanwhile, nothing may be missing from `queued`
+            offered, rejected = self._offered, self._rejected
         return PublisherStats(
             connected=self._greeted and connection is not None and connection.up,
-            sent=self._sent,
+            sent=sent,
             said=self._said,
-            dropped_live=self._dropped_live + self._rejected,
-            dropped_transcripts=self._dropped_transcripts + self._rejected,
-            queued=len(self._inbox) + self._taken + len(self._waiting) + len(self._in_flight),
+            dropped_live=dropped_live + rejected,
+            dropped_transcripts=dropped + rejected,
+            queued=offered - rejected - sent - dropped,
             reconnects=max(0, self._greetings - 1),
         )
 
@@ -194,21 +214,34 @@ class MqttPublisher:
         while self._inbox:
             with self._lock:
                 record = self._inbox.popleft()
-                self._taken = 1
             try:
                 record.transcript = self._finish(record.transcript)
             except Exception:  # the hook is another's; a sentence without its trace is better than none
                 log.exception("the transcript %s could not be finished", record.transcript.id)
             record.replayed = self._connection is None or not self._connection.up
             self._waiting.append(record)
-            self._taken = 0
             if len(self._waiting) + len(self._in_flight) > QUEUE_LIMIT:
                 self._waiting.popleft()
-                self._dropped_transcripts += 1
+                self._drop_transcripts(1)
+                self._warn_of_no_room()
             if record.replayed or len(self._live) == QUEUE_LIMIT:
-                self._dropped_live += 1  # the broker is away (or the oldest command makes room)
+                self._drop_live(1)  # the broker is away (or the oldest command makes room)
             if not record.replayed:
                 self._live.append(record)
+
+    def _drop_transcripts(self, count: int) -> None:
+        self._dropped_transcripts += count
+        metrics.DROPPED_TRANSCRIPTS.inc(count)
+
+    def _drop_live(self, count: int) -> None:
+        self._dropped_live += count
+        metrics.DROPPED_SAID.inc(count)
+
+    def _warn_of_no_room(self) -> None:
+        """Say once, until the broker has been given everything, that transcripts are lost."""
+        if not self._full:
+            self._full = True
+            log.warning("%d transcripts wait for the broker: from now on the oldest are dropped", QUEUE_LIMIT)
 
     def _keep_connected(self) -> None:
         connection = self._connection
@@ -249,7 +282,7 @@ class MqttPublisher:
         self._in_flight.clear()
         for record in self._waiting:
             record.replayed = True
-        self._dropped_live += len(self._live)
+        self._drop_live(len(self._live))
         self._live.clear()
         delay_s = min(self._config.reconnect_max_s, self._config.reconnect_min_s * 2.0 ** min(self._failures, 16))
         delay_s *= random.uniform(0.5, 1.0)  # many appliances must not come back in step
@@ -272,20 +305,36 @@ class MqttPublisher:
             self._state_sent = self._state
             connection.publish(f"{self._prefix}/state", self._state_sent, qos=1, retain=True)
         while self._waiting and connection.up and len(self._in_flight) < IN_FLIGHT_LIMIT:
-            record = self._waiting.popleft()
-            self._in_flight[connection.publish(f"{self._prefix}/transcript", record.payload(), qos=1)] = record
+            self._send_record(connection)
+        if not self._waiting:
+            self._full = False
         self._send_live(connection)
 
+    def _send_record(self, connection: Connection) -> None:
+        """Publish the transcript that waits first; one that raises again on the next connection is given up."""
+        record = self._waiting[0]
+        try:
+            message_id = connection.publish(f"{self._prefix}/transcript", record.payload(), qos=1)
+        except Exception:  # whatever it is, the transcripts behind this one must go out
+            if not record.failed:
+                record.failed = True
+                raise
+            log.exception("the transcript %s cannot be published and is dropped", record.transcript.id)
+            self._drop_transcripts(1)
+        else:
+            self._in_flight[message_id] = record
+        self._waiting.popleft()
+
     def _send_live(self, connection: Connection) -> None:
-        """Publish on `said` what is young enough, once the broker has shown that it is alive since the offer."""
+        """Publish on `said` what was spoken just now, once the broker has shown that it is alive since the offer."""
         while self._live:
             record = self._live[0]
-            if time.monotonic() - record.offered_at > self._config.live_for_s:
+            if time.monotonic() - record.ended_at > self._config.live_for_s:
                 self._live.popleft()
-                self._dropped_live += 1
+                self._drop_live(1)
             elif connection.clear and connection.proven_at >= record.offered_at:
-                self._live.popleft()
                 connection.publish(f"{self._prefix}/said", record.payload(event_type="said"), qos=0)
+                self._live.popleft()
                 self._said += 1
             else:
                 return
@@ -297,7 +346,7 @@ class MqttPublisher:
         if self._connection is None:
             due = min(due, self._retry_at)
         if self._live:
-            due = min(due, self._live[0].offered_at + self._config.live_for_s)
+            due = min(due, self._live[0].ended_at + self._config.live_for_s)
         if self._close_by is not None:
             due = min(due, max(self._close_by, now + 0.01))  # after it, GOODBYE_S runs in short steps
         poller = select.poll()
@@ -324,8 +373,8 @@ class MqttPublisher:
         left = self.stats().queued
         if left:
             log.warning("closed with %d transcripts that the broker did not take", left)
-        self._dropped_transcripts += left
-        self._dropped_live += len(self._live) + len(self._inbox)
+        self._drop_transcripts(left)
+        self._drop_live(len(self._live) + len(self._inbox))
         for queue in (self._inbox, self._waiting, self._in_flight, self._live):
             queue.clear()
         self._connection = None
