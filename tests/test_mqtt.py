@@ -298,7 +298,7 @@ def test_a_transcript_whose_publishing_failed_once_is_published_on_the_next_conn
     with publishing(config(broker.port)) as publisher, Subscriber(broker.port) as subscriber:
         connected(publisher)
         offer_all(publisher, ["一", "二"])
-        wait_for(lambda: publisher.stats().sent == 2, "the acknowledgements")
+        subscriber.wait_for(lambda s: len(s.on("transcript")) == 2, "the record")
         assert texts_on(subscriber, "transcript") == ["一", "二"]
         assert publisher.stats().dropped_transcripts == 0
 
