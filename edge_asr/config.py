@@ -19,11 +19,13 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     SecretStr,
+    Tag,
     ValidationError,
+    ValidationInfo,
     field_validator,
-    model_validator,
 )
 from pydantic_core import ErrorDetails
 
@@ -32,13 +34,20 @@ from edge_asr.errors import ConfigError
 ENV_PREFIX = "EDGE_ASR_"
 """`EDGE_ASR_MQTT__PORT=1884` sets `mqtt.port`: two underscores between the section and the key."""
 BUNDLED_MODEL = Path(__file__).resolve().parents[1] / "engines" / "paraformer-tiny"
-PATH_KEYS = (("state_dir",), ("model",), ("mqtt", "password_file"), ("sources", "*", "path"))
+PATH_KEYS = (("model",), ("mqtt", "password_file"), ("sources", "*", "path"))
 """Keys that hold a path: in a file they are relative to that file's folder, elsewhere to the working directory."""
+
+MAX_MQTT_BYTES = 65_535
+"""The longest string that MQTT carries."""
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ufdd0-\ufdef\ufffe\uffff]")
+"""Control characters and those that are none: a broker may hang up when it meets one."""
 
 Key = tuple[str | int, ...]
 
 
 def _expand(path: Path) -> Path:
+    if "\0" in str(path):
+        raise ValueError("should be a path, without a NUL character in it")
     try:
         return path.expanduser()
     except RuntimeError as error:
@@ -51,9 +60,47 @@ def _readable(path: Path) -> Path:
     return path
 
 
+def _bundle(path: Path) -> Path:
+    if path == BUNDLED_MODEL and not path.exists():
+        raise ValueError(
+            "no model comes with the installed package; name the folder of one here or with --model DIR"
+            " (the demo needs a checkout of the repository)"
+        )
+    return path
+
+
+def _encodable(value: str) -> str:
+    try:
+        size = len(value.encode())
+    except UnicodeEncodeError as error:
+        raise ValueError("should be text in UTF-8") from error
+    if size > MAX_MQTT_BYTES:
+        raise ValueError(f"should be at most {MAX_MQTT_BYTES} bytes long")
+    return value
+
+
+def _secret(value: SecretStr) -> SecretStr:
+    _encodable(value.get_secret_value())
+    return value
+
+
+def _mqtt_text(value: str) -> str:
+    if UNPRINTABLE.search(_encodable(value)):
+        raise ValueError("should be text without control characters")
+    return value
+
+
 def _topic(value: str) -> str:
-    if not value or value.startswith(("/", "$")) or value.endswith("/") or re.search(r"[+#\x00]|//", value):
+    if not value or value.startswith(("/", "$")) or value.endswith("/") or re.search(r"[+#]|//", value):
         raise ValueError("should be a topic without '+', '#', a leading '/' or '$', or a trailing '/'")
+    return value
+
+
+def _host(value: str) -> str:
+    try:
+        value.encode("idna")
+    except UnicodeError as error:
+        raise ValueError("should be the name or address of a host") from error
     return value
 
 
@@ -73,6 +120,7 @@ def host_device_id() -> str:
 Integer = Annotated[int, BeforeValidator(_number)]
 Number = Annotated[float, BeforeValidator(_number)]
 UserPath = Annotated[Path, AfterValidator(_expand)]
+MqttText = Annotated[str, AfterValidator(_mqtt_text)]
 
 
 class Section(BaseModel):
@@ -107,7 +155,15 @@ class StdinSourceConfig(Section):
     """What transcripts call the source; null: its kind."""
 
 
-SourceConfig = Annotated[FileSourceConfig | StdinSourceConfig, Field(discriminator="kind")]
+def _kind(source: Any) -> str:
+    """Return the kind that decides which keys a source has; one that names none is a file."""
+    kind = source.get("kind") if isinstance(source, dict) else getattr(source, "kind", None)
+    return "file" if kind is None else str(kind)
+
+
+SourceConfig = Annotated[
+    Annotated[FileSourceConfig, Tag("file")] | Annotated[StdinSourceConfig, Tag("stdin")], Discriminator(_kind)
+]
 
 
 class SegmentConfig(Section):
@@ -147,15 +203,15 @@ class MqttConfig(Section):
     """The broker, and how to publish on it."""
 
     enabled: bool = True
-    host: str = Field(default="127.0.0.1", min_length=1)
+    host: Annotated[MqttText, AfterValidator(_host)] = Field(default="127.0.0.1", min_length=1)
     port: Integer = Field(default=1883, ge=1, le=65535)
-    username: str | None = Field(default=None, min_length=1)
-    password: SecretStr | None = None
+    username: Annotated[MqttText, Field(min_length=1)] | None = None
+    password: Annotated[SecretStr, AfterValidator(_secret)] | None = None
     password_file: Annotated[UserPath, AfterValidator(_readable)] | None = None
     """A file that holds the password, so that it need not stand in the configuration."""
-    client_id: str | None = Field(default=None, min_length=1)
+    client_id: Annotated[MqttText, Field(min_length=1)] | None = None
     """Null: made from the device id."""
-    base: Annotated[str, AfterValidator(_topic)] = "edge_asr"
+    base: Annotated[MqttText, AfterValidator(_topic)] = Field(default="edge_asr", max_length=200)
     """Topics are `<base>/<device_id>/...`."""
     keepalive_s: Integer = Field(default=30, ge=5, le=65535)
     reconnect_min_s: Number = Field(default=0.5, gt=0, le=3600)
@@ -163,15 +219,22 @@ class MqttConfig(Section):
     live_for_s: Number = Field(default=5.0, gt=0, le=3600)
     """An older transcript is not published on `said`: nobody should act on it any more."""
 
-    @model_validator(mode="after")
-    def _consistent(self) -> MqttConfig:
-        if self.password is not None and self.password_file is not None:
+    # Rules about two keys stand at the later one: those of a whole section are skipped when any of its keys is wrong.
+    @field_validator("password", "password_file")
+    @classmethod
+    def _password_belongs_to_a_user(cls, value: SecretStr | Path | None, info: ValidationInfo) -> Any:
+        if value is not None and info.data.get("password") is not None:
             raise ValueError("password and password_file are both set; keep one")
-        if (self.password is not None or self.password_file is not None) and self.username is None:
+        if value is not None and info.data.get("username", "") is None:
             raise ValueError("a password needs a username; set username")
-        if self.reconnect_min_s > self.reconnect_max_s:
-            raise ValueError("reconnect_min_s is greater than reconnect_max_s; exchange them")
-        return self
+        return value
+
+    @field_validator("reconnect_max_s")
+    @classmethod
+    def _pauses_grow(cls, longest: float, info: ValidationInfo) -> float:
+        if info.data.get("reconnect_min_s", 0) > longest:
+            raise ValueError("is less than reconnect_min_s; raise it, or lower the other")
+        return longest
 
     def read_password(self) -> str | None:
         """Return the password, from the file where one is named; raise ConfigError where it cannot be read."""
@@ -193,8 +256,7 @@ class Config(Section):
     """The whole configuration; a part receives its own section only."""
 
     device_id: str = Field(default_factory=host_device_id, pattern=r"^[A-Za-z0-9_-]{1,64}$")
-    state_dir: UserPath = Path("~/.local/state/edge_asr")
-    model: UserPath = BUNDLED_MODEL
+    model: Annotated[UserPath, AfterValidator(_bundle)] = BUNDLED_MODEL
     """The folder of a bundle."""
     engine: EngineConfig = EngineConfig()
     sources: tuple[SourceConfig, ...] = ()
@@ -206,23 +268,18 @@ class Config(Section):
     """Seconds that pending work may take when the daemon stops."""
     log: LogConfig = LogConfig()
 
-    @field_validator("sources")
-    @classmethod
-    def _sources_differ(cls, sources: tuple[SourceConfig, ...]) -> tuple[SourceConfig, ...]:
-        names = [source.name for source in sources if source.name is not None]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"two sources are named {', '.join(map(repr, twice))}; give each its own name")
-        if sum(source.kind == "stdin" for source in sources) > 1:
-            raise ValueError("standard input can be a source only once; remove the others")
-        return sources
-
 
 def load_config(
-    path: Path | None = None, overrides: Sequence[str] = (), environ: Mapping[str, str] | None = None
+    path: Path | None = None,
+    overrides: Sequence[str] = (),
+    environ: Mapping[str, str] | None = None,
+    *,
+    sources: Sequence[Mapping[str, str]] = (),
+    model: Path | None = None,
 ) -> Config:
     """Merge defaults, the file, `EDGE_ASR_*` variables and `section.key=value` overrides, in rising order.
 
+    `sources`, where given, replace those of file and environment, and overrides refine them; `model` rises above all.
     Raises ConfigError with all problems at once, one a line.
     """
     draft = _Draft()
@@ -231,18 +288,33 @@ def load_config(
     for name, text in sorted((os.environ if environ is None else environ).items()):
         if name.startswith(ENV_PREFIX):
             draft.set_text(name[len(ENV_PREFIX) :].lower().split("__"), text, name)
+    if sources:
+        draft.set_value(("sources",), [dict(source) for source in sources], "--source")
     for option in overrides:
         key, equals, text = option.partition("=")
         if equals and key.strip():
             draft.set_text(key.strip().split("."), text, f"-o {key.strip()}")
         else:
-            draft.problems.append(f"-o {option}: should be section.key=value, such as -o mqtt.port=1884")
+            draft.problems.append(f"-o {_shorten(option)}: should be section.key=value, such as -o mqtt.port=1884")
+    if model is not None:
+        draft.set_value(("model",), str(model), "--model")
     return draft.validate()
 
 
 def show_config(config: Config) -> str:
     """Return the configuration as YAML with its secrets masked."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML; where PyYAML lets one of Python's own errors through, this names the value and its line instead."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, AttributeError, ArithmeticError) as error:
+            problem = f"cannot read the value {_shown(node.value)}"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from error
 
 
 @dataclass
@@ -255,9 +327,11 @@ class _Draft:
 
     def read_file(self, path: Path) -> None:
         try:
-            loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
+            loader = _Loader(path.read_text(encoding="utf-8"))
             node = loader.get_single_node()
             data = None if node is None else loader.construct_document(node)
+            if isinstance(node, yaml.MappingNode):
+                self._note_lines(node, (), path)
         except OSError as error:
             self.problems.append(f"{path}: cannot read it: {error.strerror}; correct the path given to --config")
         except UnicodeDecodeError:
@@ -267,11 +341,12 @@ class _Draft:
             self.problems.append(f"{path}{line}: not valid YAML: {error.problem}; correct the line")
         except yaml.YAMLError as error:
             self.problems.append(f"{path}: not valid YAML: {' '.join(str(error).split())}")
+        except RecursionError:
+            self.problems.append(f"{path}: is nested too deeply, or a value holds itself; write it without")
         else:
             if data is not None and not isinstance(data, dict):
                 self.problems.append(f"{path}: should hold 'key: value' lines; see config.yaml for an example")
-            elif node is not None and data:
-                self._note_lines(node, (), path)
+            elif data:
                 self.data = data
                 for key in PATH_KEYS:
                     _anchor(self.data, key, path.resolve().parent)
@@ -288,12 +363,23 @@ class _Draft:
 
     def set_text(self, parts: Sequence[str], text: str, origin: str) -> None:
         """Set one key from text; a list's entry is named by its index, the next free one appends."""
-        key: Key = tuple(int(part) if part.isdecimal() else part for part in parts)
+        # No list has a billion entries, and Python refuses to read a number of thousands of digits.
+        key: Key = tuple(int(part) if part.isdecimal() and len(part) < 10 else part for part in parts)
+        origin = _shorten(origin)
         try:
-            value = _parse(key, text)
+            "".join(parts).encode()
+            self.set_value(key, _parse(key, text), origin)
+        except UnicodeEncodeError:
+            self.problems.append(f"{origin}: unknown key; keys are plain letters")
+        except yaml.constructor.ConstructorError as error:
+            self.problems.append(f"{origin}: {error.problem}; correct it, or put it in quotes")
         except yaml.YAMLError:
             self.problems.append(f"{origin}: the value is not valid YAML; put it in quotes")
-            return
+        except RecursionError:
+            self.problems.append(f"{origin}: is nested too deeply")
+
+    def set_value(self, key: Key, value: Any, origin: str) -> None:
+        """Set one key; what stood there or below is forgotten."""
         if not _assign(self.data, key, value):
             self.problems.append(f"{origin}: there is no such entry; set the entries before it first")
             return
@@ -311,6 +397,8 @@ class _Draft:
             for details in error.errors():
                 key = _plain_key(details["loc"])
                 self.problems.append(_line(self._origin(key), _explain(key, details)))
+        for clash in _clashes(given.get("sources")):
+            self.problems.append(_line(self._origin(("sources",)), f"sources: {clash}"))
         if self.problems or config is None:
             raise ConfigError("\n".join(self.problems))
         return config
@@ -320,6 +408,17 @@ class _Draft:
         below = (origin for known, origin in self.origins.items() if known[: len(key)] == key and key)
         above = (self.origins[key[:end]] for end in range(len(key) - 1, 0, -1) if key[:end] in self.origins)
         return next(below, None) or next(above, "")
+
+
+def _clashes(sources: Any) -> Iterator[str]:
+    """Yield what is wrong between sources that may be wrong themselves; a validator would see right ones only."""
+    entries = [entry for entry in sources if isinstance(entry, dict)] if isinstance(sources, list) else []
+    names = [entry.get("name") for entry in entries]
+    twice = sorted({name for name in names if isinstance(name, str) and names.count(name) > 1})
+    if twice:
+        yield f"two sources are named {', '.join(map(_shown, twice))}; give each its own name"
+    if sum(entry.get("kind") == "stdin" for entry in entries) > 1:
+        yield "standard input can be a source only once; remove the others"
 
 
 def _line(origin: str, text: str) -> str:
@@ -375,7 +474,7 @@ def _assign(data: Any, key: Key, value: Any) -> bool:
 def _parse(key: Key, text: str) -> Any:
     """Return text as YAML, or as it stands where the key holds text: a password `0123` is no number."""
     if not _is_text(Config, key):
-        return yaml.safe_load(text)
+        return yaml.load(text, _Loader)
     return None if text in ("", "null") else text
 
 
@@ -407,6 +506,18 @@ def _plain_key(loc: Key) -> Key:
     return (*loc[:2], *loc[3:]) if loc[:1] == ("sources",) else loc
 
 
+def _shorten(text: str) -> str:
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def _shown(value: object) -> str:
+    """Return a value as a message shows it, on one line of fair length."""
+    try:
+        return _shorten(repr(value))
+    except ValueError:
+        return "a number of thousands of digits"
+
+
 def _dotted(key: Key) -> str:
     return ".".join(map(str, key))
 
@@ -427,8 +538,8 @@ def _explain(key: Key, details: ErrorDetails) -> str:
         return _explain_unknown(key, details)
     if details["type"] == "value_error":
         return f"{_dotted(key)}: {details['ctx']['error']}"
-    if details["type"] in ("union_tag_invalid", "union_tag_not_found"):
-        return _explain_kind(key, details["ctx"].get("tag"))
+    if details["type"] == "union_tag_invalid":
+        return _explain_kind(key, details["ctx"]["tag"])
     return f"{_dotted(key)}: {_complaint(key, details)}"
 
 
@@ -439,10 +550,10 @@ def _explain_unknown(key: Key, details: ErrorDetails) -> str:
     return f"{_dotted(key)}: unknown key; {remedy}"
 
 
-def _explain_kind(key: Key, kind: object) -> str:
+def _explain_kind(key: Key, kind: str) -> str:
     if kind == "microphone":
         return f"{_dotted(key)}.kind: 'microphone' is not part of this release; use 'file' or 'stdin'"
-    return f"{_dotted(key)}.kind: should be 'file' or 'stdin'" + ("" if kind is None else f"; got {kind!r}")
+    return f"{_dotted(key)}.kind: should be 'file' or 'stdin'; got {_shown(kind)}"
 
 
 def _complaint(key: Key, details: ErrorDetails) -> str:
@@ -457,8 +568,10 @@ def _complaint(key: Key, details: ErrorDetails) -> str:
         return "has no value; set it, or remove the line to get the default"
     if kind in ("string_type", "path_type") and isinstance(given, (bool, int, float)):
         return "should be text; put the value in quotes"
-    message = details["msg"].replace("Input should be", "should be", 1).partition(", unable to parse")[0]
+    message = details["msg"].removeprefix("Input ").removeprefix("String ").partition(", unable to parse")[0]
+    if kind == "string_unicode":
+        message = "should be text in UTF-8"
     if kind == "string_pattern_mismatch":
         message = "should have 1 to 64 letters, digits, '-' or '_' and nothing else"
     secret = any("password" in str(part) for part in key)
-    return message if secret or isinstance(given, (dict, list)) else f"{message}; got {given!r}"
+    return message if secret or isinstance(given, (dict, list)) else f"{message}; got {_shown(given)}"

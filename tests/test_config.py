@@ -141,13 +141,10 @@ def test_text_from_outside_the_file_is_taken_as_it_stands() -> None:
 
 def test_relative_paths_belong_to_the_folder_of_the_file(write: WriteConfig, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("s\n")
-    path = write(
-        "model: models/a\nstate_dir: ~/state\nmqtt: {username: u, password_file: secret}\n"
-        "sources: [{kind: file, path: a.wav}]\n"
-    )
+    path = write("model: models/a\nmqtt: {username: u, password_file: secret}\nsources: [{kind: file, path: a.wav}]\n")
     config = load_config(path, ["sources.1.kind=file", "sources.1.path=b.wav"], {})
     assert config.model == tmp_path / "models/a"
-    assert config.state_dir == Path.home() / "state"
+    assert load_config(write("model: ~/a\n"), environ={}).model == Path.home() / "a"
     assert [source.path for source in config.sources if source.kind == "file"] == [tmp_path / "a.wav", Path("b.wav")]
     assert config.mqtt.read_password() == "s"
 
@@ -189,6 +186,18 @@ def test_a_key_like_no_other_is_answered_with_the_known_ones() -> None:
         ("mqtt: {host: }\n", "mqtt.host: has no value"),
         ("mqtt: 3\n", "mqtt: should hold keys, each with its value"),
         ("model: \x00\n", "not valid YAML"),
+        ('model: "a\\0b"\n', ":1: model: should be a path, without a NUL character in it"),
+        ('sources:\n- path: "a\\0b"\n', ":2: sources.0.path: should be a path, without a NUL character in it"),
+        ("mqtt:\n  port: 2020-99-99\n", ":2: not valid YAML: cannot read the value '2020-99-99'; correct the line"),
+        ("mqtt:\n  port: !!int abc\n", ":2: not valid YAML: cannot read the value 'abc'; correct the line"),
+        ("drain_s: !!int ''\n", ":1: not valid YAML: cannot read the value ''; correct the line"),
+        ("mqtt: {enabled: !!bool x}\n", ":1: not valid YAML: cannot read the value 'x'; correct the line"),
+        ("drain_s: !!timestamp x\n", ":1: not valid YAML: cannot read the value 'x'; correct the line"),
+        (f"drain_s: {'1' * 5000}\n", ":1: not valid YAML: cannot read the value '1111"),
+        (f"drain_s: {':'.join(['30'] * 300)}.5\n", ":1: not valid YAML: cannot read the value '30:30"),
+        ("a: &a {b: *a}\n", ": is nested too deeply, or a value holds itself; write it without"),
+        ("sources: &a [*a]\n", ": is nested too deeply, or a value holds itself; write it without"),
+        (f"drain_s: {'[' * 5000}\n", ": is nested too deeply, or a value holds itself; write it without"),
     ],
 )
 def test_a_wrong_file_is_explained_in_one_line(write: WriteConfig, text: str, message: str) -> None:
@@ -215,7 +224,8 @@ def test_a_missing_or_binary_file_is_explained_in_one_line(tmp_path: Path) -> No
     [
         ("[{kind: microphone}]", "sources.0.kind: 'microphone' is not part of this release; use 'file' or 'stdin'"),
         ("[{kind: tape}]", "sources.0.kind: should be 'file' or 'stdin'; got 'tape'"),
-        ("[{path: a.wav}]", "sources.0.kind: should be 'file' or 'stdin'"),
+        ("[{realtime: true}]", "sources.0.path: is required; set it"),
+        ("[{path: a.wav, device: x}]", "sources.0.device: unknown key; known here: kind, path, realtime, name"),
         ("[{kind: file}]", "sources.0.path: is required; set it"),
         ("[{kind: stdin, path: a.wav}]", "sources.0.path: unknown key; known here: kind, name"),
         ("[{kind: stdin}, 7]", "sources.1: should hold keys, each with its value"),
@@ -252,13 +262,124 @@ def test_wrong_sources_are_explained(sources: str, message: str) -> None:
         ("drain_s=.nan", "-o drain_s: should be a finite number"),
         ("device_id=a/b", "-o device_id: should have 1 to 64 letters, digits, '-' or '_' and nothing else; got 'a/b'"),
         ("mqtt.password_file=/nowhere", "-o mqtt.password_file: cannot read /nowhere; create it or correct the path"),
-        ("mqtt.reconnect_min_s=60", "mqtt: reconnect_min_s is greater than reconnect_max_s; exchange them"),
+        ("mqtt.reconnect_min_s=60", "mqtt.reconnect_max_s: is less than reconnect_min_s; raise it, or lower the other"),
+        ("mqtt.base=a\udcffb", "-o mqtt.base: should be text in UTF-8"),
+        ("mqtt.base=a\tb", "-o mqtt.base: should be text without control characters"),
+        (f"mqtt.base={'b' * 201}", "-o mqtt.base: should have at most 200 characters"),
+        ("mqtt.client_id=a\udcffb", "-o mqtt.client_id: should be text in UTF-8"),
+        (f"mqtt.client_id={'声' * 21846}", "-o mqtt.client_id: should be at most 65535 bytes long"),
+        ("mqtt.username=a\x01", "-o mqtt.username: should be text without control characters"),
+        ("mqtt.host=a\udcffb", "-o mqtt.host: should be text in UTF-8"),
+        ("mqtt.host=a\0b", "-o mqtt.host: should be text without control characters"),
+        (f"mqtt.host={'h' * 64}", "-o mqtt.host: should be the name or address of a host"),
+        ("mqtt.p\udcff=1", "-o mqtt.p\udcff: unknown key; keys are plain letters"),
+        ("model=a\0b", "-o model: should be a path, without a NUL character in it"),
+        ("mqtt.password_file=a\0b", "-o mqtt.password_file: should be a path, without a NUL character in it"),
+        ("drain_s=2020-99-99", "-o drain_s: cannot read the value '2020-99-99'; correct it, or put it in quotes"),
+        (f"drain_s={'1' * 5000}", "-o drain_s: cannot read the value '1111"),
+        (f"mqtt.port=0x{'f' * 6000}", "-o mqtt.port: should be less than or equal to 65535; got a number of thousands"),
+        (f"drain_s={'[' * 5000}", "-o drain_s: is nested too deeply"),
+        (f"sources.{'1' * 5000}=1", "sources: should be a list"),
         ("=1", "-o =1: should be section.key=value"),
     ],
 )
 def test_wrong_options_are_explained(option: str, message: str) -> None:
     (line,) = problems(None, (option,))
     assert message in line
+    assert len(line) < 300
+
+
+def test_a_password_that_cannot_be_sent_is_refused_and_not_shown() -> None:
+    (line,) = problems(None, ("mqtt.username=u", "mqtt.password=secret\udcff"))
+    assert line == "-o mqtt.password: should be text in UTF-8"
+
+
+def test_what_mqtt_carries_is_accepted() -> None:
+    overrides = [f"mqtt.base={'声' * 200}", "mqtt.host=fe80::1%eth0", "mqtt.client_id=küche 1"]
+    assert load_config(None, overrides, {}).mqtt.base == "声" * 200
+    assert load_config(None, ["mqtt.host=küche_1.lan"], {}).mqtt.host == "küche_1.lan"
+
+
+@pytest.mark.parametrize(
+    ("options", "messages"),
+    [
+        (
+            ("mqtt.port=0", "mqtt.password=x"),
+            ["-o mqtt.password: a password needs a username", "-o mqtt.port: should be greater"],
+        ),
+        (
+            ("mqtt.port=0", "mqtt.reconnect_min_s=40"),
+            ["-o mqtt.port: should be greater", "mqtt.reconnect_max_s: is less than reconnect_min_s"],
+        ),
+        (
+            ("mqtt.username=", "mqtt.hots=x", "mqtt.password=x"),
+            ["-o mqtt.hots: ", "-o mqtt.password: a password needs"],
+        ),
+        (("sources.0.pth=x",), ["-o sources.0.pth: unknown key; did you mean", "sources.0.path: is required"]),
+        (
+            ("sources=[{kind: stdin, name: a}, {kind: stdin, name: a}, {path: b, x: 1}]",),
+            [
+                "sources.2.x: unknown",
+                "sources: standard input can be a source only once",
+                "sources: two sources are named",
+            ],
+        ),
+    ],
+)
+def test_one_wrong_key_hides_nothing_that_is_wrong_between_keys(options: tuple[str, ...], messages: list[str]) -> None:
+    found = sorted(problems(None, options))
+    assert len(found) == len(messages), found
+    assert all(message in line for message, line in zip(messages, found, strict=True)), found
+
+
+def test_a_key_of_thousands_of_parts_is_explained() -> None:
+    found = problems(None, (f"drain_s{'.a' * 5000}=1",))
+    assert "is nested too deeply" in found[0]
+    assert all(len(line) < 300 for line in found)
+
+
+def test_a_wrong_key_is_not_blamed_twice() -> None:
+    assert len(problems(None, ("mqtt.username=[", "mqtt.username=x", "mqtt.reconnect_min_s=x"))) == 1
+    assert len(problems(None, ("mqtt.reconnect_min_s=40", "mqtt.reconnect_max_s=9999"))) == 1
+
+
+def test_a_source_without_a_kind_is_a_file() -> None:
+    config = load_config(None, ["sources.0.path=a.wav"], {})
+    assert config.sources == (FileSourceConfig(path=Path("a.wav")),)
+
+
+def test_sources_and_model_can_be_given_as_data(write: WriteConfig) -> None:
+    strange = "a: \x7f'\udcff.wav"
+    path = write("sources: [{kind: stdin}, {kind: stdin, name: x}]\nmodel: b\n")
+    config = load_config(
+        path,
+        ["sources.0.realtime=false", "model=c"],
+        {"EDGE_ASR_SOURCES__0__KIND": "tape"},
+        sources=[{"kind": "file", "path": strange}, {"kind": "stdin"}],
+        model=Path("null"),
+    )
+    assert config.sources == (FileSourceConfig(path=Path(strange), realtime=False), StdinSourceConfig())
+    assert config.model == Path("null")
+
+
+def test_what_is_given_as_data_is_named_in_errors() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, [], {}, sources=[{"kind": "file", "path": "a\0"}], model=Path("b\0"))
+    assert str(caught.value).splitlines() == [
+        "--model: model: should be a path, without a NUL character in it",
+        "--source: sources.0.path: should be a path, without a NUL character in it",
+    ]
+
+
+def test_without_a_checkout_the_missing_model_is_explained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    nowhere = tmp_path / "engines" / "paraformer-tiny"
+    monkeypatch.setattr(config_module, "BUNDLED_MODEL", nowhere)
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, [f"model={nowhere}"], {})
+    assert "no model comes with the installed package; name the folder of one here or with --model DIR" in str(
+        caught.value
+    )
+    assert load_config(None, ["model=/models/own"], {}).model == Path("/models/own")
 
 
 def test_secrets_are_masked_in_what_is_shown_and_in_errors(write: WriteConfig) -> None:
