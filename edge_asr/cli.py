@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -17,6 +18,7 @@ from edge_asr.config import Config, load_config, show_config
 from edge_asr.errors import EdgeAsrError
 
 PROGRAM = "edge-asr"
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 app = typer.Typer(
     name=PROGRAM,
@@ -42,9 +44,14 @@ ModelOption = Annotated[
 ]
 
 
-def read_config(config: Path | None, overrides: Sequence[str] | None, model: Path | None = None) -> Config:
-    """Return the configuration that a command's `--config`, `-o` and `--model` options ask for."""
-    return load_config(config, [*(overrides or ()), *([] if model is None else [f"model={model}"])])
+def read_config(
+    config: Path | None,
+    overrides: Sequence[str] | None,
+    model: Path | None = None,
+    sources: Sequence[dict[str, str]] = (),
+) -> Config:
+    """Return the configuration that a command's `--config`, `-o`, `--model` and `--source` options ask for."""
+    return load_config(config, overrides or (), sources=sources, model=model)
 
 
 def _print_version(wanted: bool) -> None:
@@ -81,8 +88,10 @@ def transcribe(
 ) -> None:
     """Print what is said in files."""
     settings = read_config(config, override, model)
+    from edge_asr import logs
     from edge_asr.app import transcribe_files
 
+    logs.set_up(settings.log.level)
     failed: EdgeAsrError | None = None
     for _, found in transcribe_files(settings, files):
         if isinstance(found, EdgeAsrError):
@@ -106,9 +115,7 @@ def run(
 ) -> None:
     """Listen, recognise and publish until told to stop, or until the last file has been played."""
     entries = [{"kind": "stdin"} if name == "stdin" else {"kind": "file", "path": name} for name in source or ()]
-    # Before the overrides, so that `-o sources.0.realtime=false` refines them.
-    sources = [f"sources={json.dumps(entries, ensure_ascii=False)}"] if entries else []
-    settings = read_config(config, [*sources, *(override or ())], model)
+    settings = read_config(config, override, model, entries)
     import asyncio
 
     from edge_asr import logs
@@ -132,8 +139,19 @@ def demo(
 
 
 def _complain(error: EdgeAsrError) -> None:
-    for line in str(error).splitlines():
+    for line in str(error).splitlines() if sys.stderr is not None else ():
         print(f"{PROGRAM}: {line}", file=sys.stderr)
+
+
+def _flush() -> None:
+    if sys.stdout is None:  # closed by whoever started the program
+        return
+    try:
+        sys.stdout.flush()
+    except OSError:
+        # Python would try again, and complain, when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -145,14 +163,17 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         try:
             app(None if arguments is None else list(arguments), prog_name=PROGRAM)
         finally:
-            sys.stdout.flush()
+            _flush()
     except EdgeAsrError as error:
         _complain(error)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
-        # The reader went away, as in `edge-asr ... | head -1`; Python would complain again when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)  # the reader went away, as in `edge-asr ... | head -1`
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        _complain(EdgeAsrError(f"cannot write: {error.strerror}"))
         sys.exit(1)
     sys.exit(0)

@@ -22,7 +22,7 @@ from paho.mqtt.enums import CallbackAPIVersion
 from edge_asr import logs
 from edge_asr.app import STOP_SIGNALS, Daemon
 from edge_asr.audio.decode import decode
-from edge_asr.config import Config, FileSourceConfig
+from edge_asr.config import BUNDLED_MODEL, Config, FileSourceConfig
 from edge_asr.errors import ConfigError
 from edge_asr.types import SAMPLE_RATE, Samples
 
@@ -112,7 +112,7 @@ class Subscriber:
     """Prints every transcript of one appliance; a client of its own, as any machine on the network would be."""
 
     def __init__(self, port: int, topic: str, on_broken_pipe: Callable[[], object]) -> None:
-        """`on_broken_pipe` is called when nobody reads what is printed any more."""
+        """`on_broken_pipe` is called when nothing can be printed any more, as when its reader went away."""
         self.topic = topic
         self.texts: list[str] = []
         self._on_broken_pipe = on_broken_pipe
@@ -153,7 +153,7 @@ class Subscriber:
                 f" (pause {latency['endpoint']:.0f}, answer {latency['response']:.0f})",
                 flush=True,
             )
-        except BrokenPipeError:
+        except OSError:
             self._on_broken_pipe()
         self.texts.append(transcript["text"])
         self._arrived.set()
@@ -189,7 +189,8 @@ def _read_samples(folder: Path) -> list[tuple[str, Samples]]:
     """Return text and audio of each line of `transcripts.tsv`."""
     table = folder / "transcripts.tsv"
     if not table.is_file():
-        raise ConfigError(f"{table}: no such file; the demo plays the bundled model's samples, leave `model` unset")
+        remedy = "leave `model` unset" if BUNDLED_MODEL.is_dir() else "run scripts/run in a checkout of the repository"
+        raise ConfigError(f"{table}: no such file; the demo plays the bundled model's samples, {remedy}")
     lines = [line.split("\t") for line in table.read_text(encoding="utf-8").splitlines()]
     return [(text, np.concatenate(list(decode(folder / name)))) for name, text in lines]
 

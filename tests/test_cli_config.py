@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,15 +12,31 @@ from pathlib import Path
 import pytest
 import typer
 import yaml
+from bundled import recording, transcripts
 
 from edge_asr import __version__, cli
+from edge_asr.config import Config, FileSourceConfig, StdinSourceConfig
 from edge_asr.errors import BundleError, EdgeAsrError
 
+WITHOUT_A_MODEL = """
+import sys
+from pathlib import Path
+from edge_asr import config, demo
+config.BUNDLED_MODEL = demo.BUNDLED_MODEL = Path("/nowhere/engines")
+config.Config.model_fields["model"].default = config.BUNDLED_MODEL
+config.Config.model_rebuild(force=True)
+from edge_asr.cli import main
+main()
+"""
+"""The program as it is where only the wheel is installed."""
 
-def run(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+
+def run(
+    *arguments: str, program: tuple[str, ...] = ("-m", "edge_asr"), **environ: str
+) -> subprocess.CompletedProcess[str]:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("EDGE_ASR_")}
     return subprocess.run(
-        [sys.executable, "-m", "edge_asr", *arguments],
+        [sys.executable, *program, *arguments],
         env={**inherited, **environ},
         capture_output=True,
         text=True,
@@ -111,6 +128,92 @@ def test_an_interrupt_exits_with_130(app: typer.Typer) -> None:
         signal.raise_signal(signal.SIGINT)
 
     assert exit_code(["wait"]) == 130
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("command", ["check-config", "transcribe", "--version", "demo"])
+def test_a_full_disk_gives_one_line_and_exit_code_1(command: str, unbuffered: str) -> None:
+    if command == "demo":
+        pytest.importorskip("amqtt", reason="the demo's broker; scripts/setup demo")
+    files = [str(recording(next(iter(transcripts()))))] if command == "transcribe" else []
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(
+            [sys.executable, "-m", "edge_asr", command, *files],
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+        )
+    assert (result.returncode, result.stderr) == (1, "edge-asr: cannot write: No space left on device\n")
+
+
+@pytest.mark.parametrize(
+    ("closed", "option", "code", "error"),
+    [
+        (">&-", "drain_s=1", 0, ""),
+        (">&-", "x=1", 2, "edge-asr: -o x: unknown key"),
+        ("2>&-", "x=1", 2, ""),
+        (">&- 2>&-", "x=1", 2, ""),
+    ],
+)
+def test_closed_streams_are_no_error(closed: str, option: str, code: int, error: str) -> None:
+    command = ["sh", "-c", f'"$0" -m edge_asr check-config -o "$1" {closed}', sys.executable, option]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout) == (code, "")
+    assert result.stderr.startswith(error)
+    assert bool(result.stderr) == bool(error)
+
+
+def test_bytes_that_are_no_text_are_explained() -> None:
+    result = run("check-config", "-o", "mqtt.base=a\udcffb", "-o", "model=a\udcffb", EDGE_ASR_MQTT__USERNAME="\udcff")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.splitlines() == [
+        "edge-asr: EDGE_ASR_MQTT__USERNAME: mqtt.username: should be text in UTF-8",
+        "edge-asr: -o mqtt.base: should be text in UTF-8; got 'a\\udcffb'",
+    ]
+
+
+@pytest.mark.parametrize("name", ["a\udcff.wav", "a\x7f.wav", "a: [b.wav", "null"])
+def test_a_source_may_have_any_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[Config] = []
+
+    async def run_daemon(config: Config) -> None:
+        taken.append(config)
+
+    monkeypatch.setattr("edge_asr.app.run_daemon", run_daemon)
+    monkeypatch.setattr("edge_asr.logs.set_up", lambda level: None)
+    arguments = ["run", "--source", name, "--source", "stdin", "-o", "sources.0.realtime=false", "--model", name]
+    assert exit_code(arguments) == 0
+    assert taken[0].sources == (FileSourceConfig(path=Path(name), realtime=False), StdinSourceConfig())
+    assert taken[0].model == Path(name)
+
+
+def test_warnings_of_transcribe_are_log_lines_of_the_level_asked_for(tmp_path: Path) -> None:
+    cut = tmp_path / "cut.wav"
+    cut.write_bytes(recording(next(iter(transcripts()))).read_bytes()[:-5000])
+    warned = run("transcribe", str(cut))
+    assert warned.returncode == 0
+    assert re.fullmatch(r"[-\d]+ [:,\d]+ WARNING +edge_asr\.audio\.decode: .*cut\.wav.*\n", warned.stderr)
+    assert run("transcribe", str(cut), "-o", "log.level=ERROR").stderr == ""
+
+
+@pytest.mark.parametrize("command", ["check-config", "transcribe", "run", "demo"])
+def test_an_installed_package_says_that_it_has_no_model(command: str) -> None:
+    result = run(command, *(["a.wav"] if command == "transcribe" else []), program=("-c", WITHOUT_A_MODEL))
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == (
+        "edge-asr: model: no model comes with the installed package; name the folder of one here or with --model DIR"
+        " (the demo needs a checkout of the repository)\n"
+    )
+
+
+def test_the_demo_of_an_installed_package_asks_for_a_checkout(tmp_path: Path) -> None:
+    result = run("demo", "-o", f"model={tmp_path}", program=("-c", WITHOUT_A_MODEL))
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.endswith(
+        "the demo plays the bundled model's samples, run scripts/run in a checkout of the repository\n"
+    )
 
 
 def test_a_reader_that_goes_away_is_no_error() -> None:
