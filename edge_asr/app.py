@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+import os
 import signal
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -104,6 +105,8 @@ class Daemon:
         self._tasks: list[asyncio.Task[None]] = []
         self._published = self._late = 0
         self._stop = asyncio.Event()
+        self.abandoned_inference = False
+        """After the stop: an inference took longer than `drain_s` and is still running."""
         self._drain_by: float | None = None
 
     @contextlib.asynccontextmanager
@@ -120,7 +123,7 @@ class Daemon:
                 heartbeat.cancel()
         finally:
             await self._stop_listeners()
-            await self._scheduler.close()
+            await self._stop_model()
             await self._stop_publisher()
 
     def stop(self) -> None:
@@ -210,6 +213,11 @@ class Daemon:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    async def _stop_model(self) -> None:
+        self.abandoned_inference = not await self._scheduler.close(self._drain_left_s())
+        if self.abandoned_inference:
+            log.warning("the inference under way takes too long and is abandoned")
+
     async def _drained(self) -> None:
         """Wait for the broker to have everything, until `drain_s` have passed or somebody wants us to stop."""
         publisher = self._publisher
@@ -282,6 +290,9 @@ async def run_daemon(config: Config) -> None:
         loop.add_signal_handler(number, _stop_on_signal, daemon, loop)
     async with daemon.running():
         await daemon.finished()
+    if daemon.abandoned_inference:
+        logging.shutdown()
+        os._exit(0)  # onnxruntime aborts the process when the interpreter ends under a running inference
 
 
 def _stop_on_signal(daemon: Daemon, loop: asyncio.AbstractEventLoop) -> None:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timezone
 from itertools import count
 from pathlib import Path
@@ -41,11 +41,11 @@ STATE_KEYS = {
 class Daemon:
     """`edge-asr run`, with standard input held open until somebody closes it."""
 
-    def __init__(self, log: Path, port: int, *arguments: str) -> None:
+    def __init__(self, log: Path, port: int, *arguments: str, program: Sequence[str] = ("-m", "edge_asr")) -> None:
         self._log = log
         quick = [f"mqtt.port={port}", "device_id=hall", "mqtt.reconnect_min_s=0.05", "mqtt.reconnect_max_s=0.1"]
         options = [part for option in quick for part in ("-o", option)]
-        command = [sys.executable, "-W", "error", "-m", "edge_asr", "run", *options, *arguments]
+        command = [sys.executable, "-W", "error", *program, "run", *options, *arguments]
         environment = {key: value for key, value in os.environ.items() if not key.startswith("EDGE_ASR_")}
         with log.open("wb") as output:
             self.process = subprocess.Popen(
@@ -99,8 +99,8 @@ def start(tmp_path: Path) -> Iterator[Start]:
     daemons: list[Daemon] = []
     number = count()
 
-    def run(port: int, *arguments: str) -> Daemon:
-        daemons.append(Daemon(tmp_path / f"daemon-{next(number)}.log", port, *arguments))
+    def run(port: int, *arguments: str, **keys: Any) -> Daemon:
+        daemons.append(Daemon(tmp_path / f"daemon-{next(number)}.log", port, *arguments, **keys))
         return daemons[-1]
 
     yield run
@@ -286,6 +286,36 @@ def test_a_daemon_that_plays_a_file_ends_within_two_seconds_too(broker: Mosquitt
         daemon = start(broker.port, *played(NAMES[1]))
         subscriber.wait_for(is_ready, "ready")
         assert daemon.stop() == 0
+        subscriber.wait_for(is_offline, "offline")
+
+
+ENDLESS = """
+import sys
+from edge_asr import app, cli
+
+class Endless:
+    def __init__(self, recognizer):
+        self.recognizer = recognizer
+
+    def recognize(self, samples):
+        print("inference begins", file=sys.stderr, flush=True)
+        while True:
+            self.recognizer.recognize(samples[:4000])
+
+load = app.load_recognizer
+app.load_recognizer = lambda bundle, threads: Endless(load(bundle, threads))
+cli.main()
+"""
+
+
+def test_an_inference_without_end_holds_the_stop_up_no_longer_than_drain_s(broker: Mosquitto, start: Start) -> None:
+    with Subscriber(broker.port) as subscriber:
+        daemon = start(broker.port, *played(NAMES[0]), "-o", "sources.0.realtime=false", "-o", "drain_s=0",
+                       program=("-c", ENDLESS))  # fmt: skip
+        daemon.wait_for("inference begins")
+        assert daemon.stop() == 0
+        assert "the inference under way takes too long and is abandoned" in daemon.log
+        assert daemon.complaints == []
         subscriber.wait_for(is_offline, "offline")
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -258,7 +260,7 @@ async def test_the_model_is_loaded_and_runs_on_the_inference_thread() -> None:
         await asyncio.wrap_future(scheduler.submit(sound(samples)))
     await scheduler.close()
     (probe,) = probes
-    assert {probe.made_on, *probe.threads} == {"inference_0"}
+    assert {probe.made_on, *probe.threads} == {"inference"}
     assert probe.lengths == [1, 2, 3]
 
 
@@ -323,3 +325,48 @@ async def test_close_finishes_what_is_under_way_drops_the_rest_and_releases_the_
     assert probe.lengths == [1]
     assert (closed_early, probe.closed) == (False, True)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("inference")]
+
+
+async def test_close_gives_up_an_inference_that_takes_too_long() -> None:
+    probe = Probe()
+    scheduler = Scheduler(lambda: probe)
+    await scheduler.start()
+    probe.go_on.clear()
+    under_way, waiting = scheduler.submit(sound(1)), scheduler.submit(sound(2))
+    await asyncio.to_thread(probe.busy.wait, 30)
+    try:
+        assert not await asyncio.wait_for(scheduler.close(0.0), 20)
+        assert not under_way.done()
+        assert waiting.cancelled()
+    finally:
+        probe.go_on.set()
+    assert await scheduler.close(), "it ends by itself, later, and releases the model"
+    assert under_way.result().text == "好"
+    assert (probe.lengths, probe.closed) == ([1], True)
+
+
+def test_an_abandoned_inference_does_not_keep_the_process() -> None:
+    program = (
+        "import asyncio, threading\n"
+        "from edge_asr.recognizer.scheduler import Scheduler\n"
+        "busy = threading.Event()\n"
+        "class Stuck:\n"
+        "    def recognize(self, samples):\n"
+        "        busy.set()\n"
+        "        threading.Event().wait()\n"
+        "async def main():\n"
+        "    scheduler = Scheduler(Stuck)\n"
+        "    await scheduler.start()\n"
+        "    scheduler.submit(None)\n"
+        "    await asyncio.to_thread(busy.wait)\n"
+        "    await scheduler.close(0.0)\n"
+        "asyncio.run(main())\n"
+    )
+    assert subprocess.run([sys.executable, "-c", program], timeout=30, check=False).returncode == 0
+
+
+async def test_a_scheduler_that_was_never_started_can_be_closed() -> None:
+    scheduler = Scheduler(Probe)
+    waiting = scheduler.submit(sound(1))
+    await scheduler.close()
+    assert waiting.cancelled()
