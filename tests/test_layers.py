@@ -142,6 +142,11 @@ def test_the_rule_lets_pass_what_it_allows(module: str, source: str) -> None:
     assert not any(violation(module, name) for name in imports(source, module, False))
 
 
+def test_the_package_says_that_it_is_typed() -> None:
+    assert (ROOT / "py.typed").is_file()
+    assert '"py.typed"' in (ROOT.parent / "pyproject.toml").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("module", ["edge_asr", "edge_asr.cli", "edge_asr.config"])
 def test_importing_loads_no_device_library(module: str) -> None:
     code = f"import {module}, json, sys; print(json.dumps([name.partition('.')[0] for name in sys.modules]))"
