@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+import math
 import os
 import signal
 import time
@@ -16,7 +17,7 @@ from edge_asr import __version__, metrics
 from edge_asr.audio.file import FileSource
 from edge_asr.audio.source import AudioSource
 from edge_asr.audio.stdin import StdinSource
-from edge_asr.budget import LatencyBudget
+from edge_asr.budget import LatencyBudget, RecentResponses
 from edge_asr.config import Config, FileSourceConfig, GatesConfig, SegmentConfig, SourceConfig
 from edge_asr.errors import EdgeAsrError
 from edge_asr.pipeline import Gates, Labels, Listener, TranscriptSink
@@ -28,7 +29,7 @@ from edge_asr.recognizer.scheduler import Scheduler
 from edge_asr.speech.segmenter import ENDPOINTS, Rules, Segmenter
 from edge_asr.speech.vad import SileroDetector
 from edge_asr.transcribe import transcribe
-from edge_asr.types import CHUNK_S, Transcript
+from edge_asr.types import CHUNK_S, CHUNK_SAMPLES, SAMPLE_RATE, Transcript
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ def segment_rules(config: SegmentConfig) -> Rules:
         endpoint=ENDPOINTS[config.preset],
         pre_roll=round(config.pre_roll_ms / 1e3 / CHUNK_S),
         min_speech=round(config.min_speech_ms / 1e3 / CHUNK_S),
-        max_length=int(config.max_s / CHUNK_S),
+        max_length=math.ceil(config.max_s * SAMPLE_RATE / CHUNK_SAMPLES),  # a sound of exactly max_s stays whole
     )
 
 
@@ -96,6 +97,7 @@ class Daemon:
         self._bundle = read_bundle(config.model)
         self._scheduler = Scheduler(lambda: load_recognizer(self._bundle, config.engine.threads))
         self._budget = LatencyBudget(config.budget.response_ms)
+        self._responses = RecentResponses()
         self._publisher = (
             MqttPublisher(config.mqtt, config.device_id, finish=self._settle) if config.mqtt.enabled else None
         )
@@ -146,6 +148,7 @@ class Daemon:
             listening.cancel()
         if not self._stop.is_set():
             await self._drained()
+            self._tell_losses()
         if self._failures and not self._stop.is_set():
             raise self._failures[0]
 
@@ -221,13 +224,27 @@ class Daemon:
     async def _drained(self) -> None:
         """Wait for the broker to have everything, until `drain_s` have passed or somebody wants us to stop."""
         publisher = self._publisher
-        while publisher is not None and publisher.stats().queued and self._drain_left_s() and not self._stop.is_set():
+        left = 0
+        while publisher is not None and (left := publisher.stats().queued):
+            if not self._drain_left_s() or self._stop.is_set():
+                break
             await asyncio.sleep(0.02)
         self._publish_state()  # with the last counts
-        if publisher is not None and (left := publisher.stats().queued):
+        if left:
             where = f"{self._config.mqtt.host}:{self._config.mqtt.port}"
             self._failures.append(
                 EdgeAsrError(f"transcripts not delivered to the broker at {where}: {left}; is it running?")
+            )
+
+    def _tell_losses(self) -> None:
+        """Make it a failure that something said in the sources has come to nothing."""
+        if lost := sum(listener.lost for listener in self._listeners):
+            self._failures.append(EdgeAsrError(f"segments lost because the engine failed on them: {lost}; see the log"))
+        if self._publisher is not None and (dropped := self._publisher.stats().dropped_transcripts):
+            self._failures.append(
+                EdgeAsrError(
+                    f"transcripts dropped before the broker had them: {dropped}; is it running and fast enough?"
+                )
             )
 
     async def _stop_publisher(self) -> None:
@@ -244,7 +261,10 @@ class Daemon:
         """Complete the trace on the publisher thread, at the last moment before the transcript is serialised."""
         settled = self._budget.settle(transcript, time.monotonic())
         self._published += 1
-        metrics.RESPONSE.observe(settled.latency_ms.get("response", 0.0) / 1e3)
+        if settled.marks is None:  # played as fast as it goes: nobody waited for it
+            return settled
+        self._responses.add(settled.latency_ms["response"])
+        metrics.RESPONSE.observe(settled.latency_ms["response"] / 1e3)
         if settled.within_budget is False:
             self._late += 1
             metrics.LATE.inc()
@@ -275,7 +295,12 @@ class Daemon:
             "mute": False,
             "preset": self._config.segment.preset,
             "listen": "always",
-            "budget": {"response_ms": self._budget.response_ms, "count": self._published, "late": self._late},
+            "budget": {
+                "response_ms": self._budget.response_ms,
+                "count": self._published,
+                "late": self._late,
+                **self._responses.percentiles(),
+            },
             "outbox": None,
             "version": __version__,
         }

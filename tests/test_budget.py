@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from edge_asr.budget import LatencyBudget
+from edge_asr.budget import LatencyBudget, RecentResponses
 from edge_asr.types import Marks, SegmentId, Transcript
 
 
@@ -70,3 +70,23 @@ def test_nothing_else_of_the_transcript_changes() -> None:
     changed = {key for key in before.to_json() if before.to_json()[key] != after.to_json()[key]}
     assert changed == {"latency_ms", "within_budget"}
     assert before.latency_ms == {"queue": 1.5, "features": 2.0, "model": 20.0}
+
+
+@pytest.mark.parametrize(
+    ("responses", "expected"),
+    [
+        ([], (None, None, None)),
+        ([12.345], (12.35, 12.35, 12.35)),
+        ([float(k) for k in range(100, 0, -1)], (50, 95, 99)),
+        ([1.0, 2.0, 900.0], (2, 900, 900)),
+        ([9_999.0] * 500 + [float(k) for k in range(1, 1001)], (500, 950, 990)),
+    ],
+    ids=["none", "one", "a hundred", "three", "more than are kept"],
+)
+def test_percentiles_are_those_of_the_last_thousand_responses(
+    responses: list[float], expected: tuple[float | None, ...]
+) -> None:
+    recent = RecentResponses()
+    for response in responses:
+        recent.add(response)
+    assert recent.percentiles() == dict(zip(("p50", "p95", "p99"), expected, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import shutil
@@ -17,10 +18,27 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bundled import BUNDLE, recording, sound_of, transcripts
+from bundled import BUNDLE, recording, sound_of, transcripts, write_wav
 from mosquitto import PATIENCE_S, Door, Mosquitto, Subscriber, free_port, wait_for
+from prometheus_client import REGISTRY
 
-from edge_asr.types import SAMPLE_RATE, TRANSCRIPT_SCHEMA
+from edge_asr import app
+from edge_asr.config import Config, SegmentConfig, load_config
+from edge_asr.errors import EdgeAsrError, EngineError
+from edge_asr.pipeline import Labels, transcript_of
+from edge_asr.publish import mqtt
+from edge_asr.types import (
+    CHUNK_SAMPLES,
+    SAMPLE_RATE,
+    TRANSCRIPT_SCHEMA,
+    Marks,
+    Recognition,
+    Samples,
+    Segment,
+    Token,
+    Transcript,
+    new_segment_id,
+)
 
 STOP_S = 2.0
 """An idle daemon ends within this: a promise of the product."""
@@ -218,7 +236,11 @@ def test_state_names_model_engine_and_the_health_of_every_source(broker: Mosquit
         assert (first["state"], first["sources"]) == ("starting", [])
         assert (last["model"], last["engine"], last["preset"]) == (BUNDLE.name, "onnx-fp32", "default")
         assert last["sources"] == [{"name": f"file:{recording(NAMES[0])}", "health": "ended"}]
-        assert last["budget"]["response_ms"] == 300.0
+        assert first["budget"] == {"response_ms": 300, "count": 0, "late": 0, "p50": None, "p95": None, "p99": None}
+        [said] = subscriber.on("said")
+        response = said.json["latency_ms"]["response"]
+        percentiles = {"p50": response, "p95": response, "p99": response}
+        assert last["budget"] == {"response_ms": 300, "count": 1, "late": int(response > 300), **percentiles}
 
 
 def test_the_log_names_broker_topics_and_sources_but_at_info_no_spoken_text(broker: Mosquitto, start: Start) -> None:
@@ -440,7 +462,7 @@ def test_a_damaged_model_is_one_line_and_leaves_the_status_offline(
 @pytest.mark.parametrize(
     ("arguments", "exit_code", "pattern"),
     [
-        (["--model", "/nonexistent/model"], 3, "/nonexistent/model: no such folder; .*--model.*"),
+        (["--model", "/nonexistent/model"], 3, "/nonexistent/model: no such folder.*--model.*"),
         (["-o", "segment.preset=slow"], 2, "-o segment.preset: should be 'aggressive', 'default' or 'relaxed'.*"),
         (["--source", "stdin", "--source", "stdin"], 2, ".*standard input can be a source only once.*"),
     ],
@@ -451,3 +473,96 @@ def test_what_cannot_work_is_one_line_before_anything_starts(
     daemon = start(free_port(), *arguments)
     assert daemon.end() == exit_code
     assert re.fullmatch(f"edge-asr: {pattern}\n", daemon.log), daemon.log
+
+
+# In this process: the composition root on a recogniser that does as it is told
+
+
+class Scripted:
+    """A recogniser that answers, or fails; it keeps the lengths of what it was asked for."""
+
+    def __init__(self, error: EngineError | None = None) -> None:
+        self._error = error
+        self.lengths: list[int] = []
+
+    def recognize(self, samples: Samples) -> Recognition:
+        self.lengths.append(len(samples))
+        if self._error is not None:
+            raise self._error
+        return Recognition("好", (Token("好", None, None, 1.0),), 1.0)
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def recognizer(monkeypatch: pytest.MonkeyPatch) -> Callable[[Scripted], Scripted]:
+    """Return what puts a recogniser in the place of the bundled one."""
+
+    def use(scripted: Scripted) -> Scripted:
+        monkeypatch.setattr(app, "load_recognizer", lambda bundle, threads: scripted)
+        return scripted
+
+    return use
+
+
+def configured(port: int, *overrides: str, files: Sequence[str] = NAMES[:2]) -> Config:
+    """Return a configuration that plays files as fast as it goes."""
+    sources = [{"kind": "file", "path": str(recording(name))} for name in files]
+    fast = [f"sources.{k}.realtime=false" for k in range(len(files))]
+    return load_config(None, [*fast, f"mqtt.port={port}", "device_id=hall", *overrides], {}, sources=sources)
+
+
+async def failure_of(daemon: app.Daemon) -> tuple[EdgeAsrError, list[str]]:
+    """Return what a daemon raises when its files have ended, and all that it holds to have failed."""
+    async with daemon.running():
+        with pytest.raises(EdgeAsrError) as raised:
+            await asyncio.wait_for(daemon.finished(), PATIENCE_S)
+    return raised.value, [str(failure) for failure in daemon._failures]
+
+
+async def test_segments_that_the_engine_failed_on_are_a_failure(recognizer: Callable[[Scripted], Scripted]) -> None:
+    recognizer(Scripted(EngineError("on purpose")))
+    error, _ = await failure_of(app.Daemon(configured(1883, "mqtt.enabled=false")))
+    assert str(error) == "segments lost because the engine failed on them: 2; see the log"
+    assert error.exit_code == 1
+
+
+async def test_transcripts_dropped_for_want_of_room_are_a_failure(
+    recognizer: Callable[[Scripted], Scripted], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recognizer(Scripted())
+    monkeypatch.setattr(mqtt, "QUEUE_LIMIT", 1)
+    error, failures = await failure_of(app.Daemon(configured(free_port(), "drain_s=0.2")))
+    assert "transcripts dropped before the broker had them: 1; is it running and fast enough?" in failures
+    assert error.exit_code == 1
+
+
+@pytest.mark.parametrize("marks", [None, Marks(10.0, 10.4)], ids=["played fast", "live"])
+def test_only_what_came_in_live_is_held_against_the_budget(marks: Marks | None) -> None:
+    daemon = app.Daemon(configured(1883, "mqtt.enabled=false"))
+    segment = Segment(new_segment_id(), 0, np.zeros(SAMPLE_RATE, np.float32), 0, 1.0, None, marks)
+    labels = Labels("hall", "stdin", "test", "test")
+    before = [REGISTRY.get_sample_value(f"edge_asr_{name}") or 0 for name in ("response_seconds_count", "late_total")]
+    settled = daemon._settle(transcript_of(segment, Recognition("好", (), 1.0), labels))
+    after = [REGISTRY.get_sample_value(f"edge_asr_{name}") or 0 for name in ("response_seconds_count", "late_total")]
+    live = int(marks is not None)
+    assert [now - then for now, then in zip(after, before, strict=True)] == [live, live]
+    assert settled.within_budget is (False if live else None)
+    assert ("response" in settled.latency_ms) is bool(live)
+    assert (daemon._responses.percentiles()["p50"] is not None) is bool(live)
+
+
+@pytest.mark.parametrize("max_s", [8.0, 8.5, 29.984, 30.0])
+def test_a_segment_may_have_max_s_to_the_last_sample(max_s: float) -> None:
+    samples = app.segment_rules(SegmentConfig(max_s=max_s)).max_length * CHUNK_SAMPLES
+    assert max_s * SAMPLE_RATE <= samples < max_s * SAMPLE_RATE + CHUNK_SAMPLES
+
+
+def test_a_file_of_exactly_max_s_is_decoded_whole(tmp_path: Path, recognizer: Callable[[Scripted], Scripted]) -> None:
+    length = 30 * SAMPLE_RATE
+    scripted = recognizer(Scripted())
+    path = write_wav(tmp_path / "long.wav", np.resize(sound_of(NAMES[0]), length))
+    [(_, transcript)] = app.transcribe_files(configured(1883), [str(path)])
+    assert isinstance(transcript, Transcript)
+    assert scripted.lengths == [length]
