@@ -44,9 +44,8 @@ def encode(path: Path, samples: Int16, rate: int, codec: str, video: bool = Fals
 
     layout = "stereo" if len(samples) == 2 else "mono"
     with av.open(str(path), "w") as container:
-        stream: Any = container.add_stream(
-            codec, rate=rate, layout=layout
-        )  # of no use as typed by the PyAV for Python 3.10
+        # As typed by the PyAV that Python 3.10 takes, it could be a subtitle.
+        stream: Any = container.add_stream(codec, rate=rate, layout=layout)
         picture = container.add_stream("libvpx", rate=1, width=16, height=16, pix_fmt="yuv420p") if video else None
         if picture is not None:
             container.mux(picture.encode(av.VideoFrame(16, 16, "yuv420p")))

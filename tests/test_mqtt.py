@@ -137,6 +137,17 @@ def test_state_is_retained_latest_wins_and_comes_again_after_a_broker_restart(br
             assert (subscriber.on("status")[0].payload, subscriber.on("status")[0].retained) == ("online", True)
 
 
+def test_a_state_set_right_before_the_close_is_published(broker: Mosquitto) -> None:
+    for attempt in range(20):
+        with publishing(config(broker.port)) as publisher:
+            connected(publisher)
+            publisher.set_state({"attempt": attempt})
+            publisher.close(0)
+        with Subscriber(broker.port) as subscriber:
+            subscriber.wait_for(lambda s: s.on("state"), "the state")
+            assert subscriber.on("state")[0].json == {"attempt": attempt}
+
+
 def test_a_transcript_goes_out_for_acting_and_for_the_record(broker: Mosquitto) -> None:
     with publishing(config(broker.port)) as publisher, Subscriber(broker.port) as subscriber:
         connected(publisher)

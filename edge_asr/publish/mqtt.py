@@ -301,14 +301,17 @@ class MqttPublisher:
         connection = self._connection
         if connection is None or not connection.up:
             return
-        if self._state is not None and self._state != self._state_sent:
-            self._state_sent = self._state
-            connection.publish(f"{self._prefix}/state", self._state_sent, qos=1, retain=True)
+        self._send_state(connection)
         while self._waiting and connection.up and len(self._in_flight) < IN_FLIGHT_LIMIT:
             self._send_record(connection)
         if not self._waiting:
             self._full = False
         self._send_live(connection)
+
+    def _send_state(self, connection: Connection) -> None:
+        if self._state is not None and self._state != self._state_sent:
+            self._state_sent = self._state
+            connection.publish(f"{self._prefix}/state", self._state_sent, qos=1, retain=True)
 
     def _send_record(self, connection: Connection) -> None:
         """Publish the transcript that waits first; one that raises again on the next connection is given up."""
@@ -362,6 +365,7 @@ class MqttPublisher:
     def _say_goodbye(self) -> None:
         connection = self._connection
         if connection is not None and connection.up:
+            self._send_state(connection)  # it may have been set at the very end
             offline = connection.publish(f"{self._prefix}/status", "offline", qos=1, retain=True)
             give_up_at = time.monotonic() + GOODBYE_S
             while connection.up and offline in connection.unacknowledged and time.monotonic() < give_up_at:
