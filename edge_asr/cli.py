@@ -14,7 +14,8 @@ from typing import Annotated, NoReturn
 import typer
 
 from edge_asr import __version__
-from edge_asr.config import Config, load_config, show_config
+from edge_asr.config import Config
+from edge_asr.config_reader import load_config, show_config
 from edge_asr.errors import EdgeAsrError
 
 PROGRAM = "edge-asr"

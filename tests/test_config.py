@@ -15,14 +15,12 @@ from pydantic import SecretStr, ValidationError
 from edge_asr import config as config_module
 from edge_asr.config import (
     BUNDLED_MODEL,
-    PATH_KEYS,
     Config,
     FileSourceConfig,
     Section,
     StdinSourceConfig,
-    load_config,
-    show_config,
 )
+from edge_asr.config_reader import PATH_KEYS, load_config, show_config
 from edge_asr.errors import ConfigError
 
 EXAMPLE = Path(__file__).parents[1] / "config.yaml"

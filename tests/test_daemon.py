@@ -23,7 +23,8 @@ from mosquitto import PATIENCE_S, Door, Mosquitto, Subscriber, free_port, wait_f
 from prometheus_client import REGISTRY
 
 from edge_asr import app
-from edge_asr.config import Config, SegmentConfig, load_config
+from edge_asr.config import Config, SegmentConfig
+from edge_asr.config_reader import load_config
 from edge_asr.errors import EdgeAsrError, EngineError
 from edge_asr.pipeline import Labels, transcript_of
 from edge_asr.publish import mqtt
