@@ -90,12 +90,9 @@ class Connection:
             self._fail("it accepts connections but does not answer")
 
     def publish(self, topic: str, payload: str, *, qos: int, retain: bool = False) -> int:
-        """Publish now and return the message id; where that fails, `failure` says so afterwards.
-
-        What UTF-8 cannot express, such as a file name in another encoding, goes out as `\\udcff`: JSON's own escape.
-        """
+        """Publish now and return the message id; where that fails, `failure` says so afterwards."""
         sent_at = time.monotonic()
-        info = self._client.publish(topic, payload.encode(errors="backslashreplace"), qos=qos, retain=retain)
+        info = self._client.publish(topic, payload, qos=qos, retain=retain)
         if qos > 0:
             self.unacknowledged[info.mid] = sent_at
         self._check(info.rc)

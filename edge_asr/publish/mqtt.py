@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import random
+import re
 import select
 import socket
 import threading
@@ -30,6 +31,7 @@ IN_FLIGHT_LIMIT = 20
 """Transcripts published and not yet acknowledged; the others wait."""
 GOODBYE_S = 1.0
 """How long `close` waits for the acknowledgement of `offline`."""
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 TICK_S = 1.0
 """The longest sleep of the publisher thread: paho looks after the keep-alive in between."""
 
@@ -76,7 +78,7 @@ class _Record:
         """Return the JSON of the transcript with its age as of now."""
         age_s = time.monotonic() - self.offered_at
         transcript = dataclasses.replace(self.transcript, age_s=age_s, replayed=self.replayed)
-        return json.dumps({**extra, **transcript.to_json()}, ensure_ascii=False, separators=(",", ":"))
+        return _json({**extra, **transcript.to_json()})
 
 
 class MqttPublisher:
@@ -152,7 +154,7 @@ class MqttPublisher:
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Publish the state, from any thread; the latest wins and is published again on every connect."""
-        text = json.dumps(state, ensure_ascii=False, separators=(",", ":"))
+        text = _json(state)
         with self._lock:
             self._state = text
         self._wake()
@@ -382,3 +384,12 @@ class MqttPublisher:
         for queue in (self._inbox, self._waiting, self._in_flight, self._live):
             queue.clear()
         self._connection = None
+
+
+def _json(value: Mapping[str, Any]) -> str:
+    r"""Return compact JSON in UTF-8; a byte of a file name that is no text stands in it as written out: `\\udcff`.
+
+    JSON's own escape for it would be half a surrogate pair, which strict parsers refuse.
+    """
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return LONE_SURROGATE.sub(lambda found: f"\\\\u{ord(found[0]):04x}", text)
