@@ -183,14 +183,13 @@ class Listener:
     async def _complete(self, start: int, end: int, speech: int) -> None:
         """Queue the segment with its recognition: the one begun at the pause if it is of the same audio."""
         segment = self._cut(start, end, speech)
-        early = self._early is not None and self._early[:2] == (start, end)
-        if early and self._early is not None:
-            future, self._early = self._early[2], None
+        metrics.SEGMENTS.inc()
+        if self._early is not None and self._early[:2] == (start, end):
+            (*_, future), self._early = self._early, None
+            await self._pending.put((segment, future, True))
         else:
             self._drop_early()
-            future = self._scheduler.submit(segment.samples)
-        metrics.SEGMENTS.inc()
-        await self._pending.put((segment, future, early))
+            await self._pending.put((segment, self._scheduler.submit(segment.samples), False))
 
     def _decode(self, start: int, end: int) -> Future[Recognition]:
         chunks = self._recording.between(start, end)

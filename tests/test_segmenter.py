@@ -37,7 +37,7 @@ def events(sequence: str | Sequence[float], rules: Rules, finish: bool = False) 
 
 
 def rules(
-    endpoint: int = 5, pre_roll: int = 2, min_speech: int = 3, max_length: int = 937, threshold: float = 0.5
+    endpoint: int = 5, pre_roll: int = 2, min_speech: int = 3, max_length: int = 938, threshold: float = 0.5
 ) -> Rules:
     return Rules(threshold, endpoint, pre_roll, min_speech, max_length)
 

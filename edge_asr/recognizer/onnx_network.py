@@ -27,16 +27,6 @@ class OnnxNetwork:
         """The graph's custom metadata."""
         return dict(self._session.get_modelmeta().custom_metadata_map)
 
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        """Names of the graph's inputs."""
-        return tuple(given.name for given in self._session.get_inputs())
-
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        """Names of the graph's outputs."""
-        return tuple(self._outputs)
-
     def run(self, inputs: Arrays) -> Arrays:
         """Compute. Raises EngineError where onnxruntime fails."""
         try:

@@ -24,7 +24,7 @@ class Rules:
     endpoint: int = ENDPOINTS["default"]
     pre_roll: int = 9
     min_speech: int = 3
-    max_length: int = 937
+    max_length: int = 938
 
 
 @dataclass(frozen=True, slots=True)
