@@ -69,6 +69,21 @@ class Fingerprints:
     sounds: str
 
 
+@dataclass(frozen=True)
+class TimesCase:
+    """What FunASR's `ts_prediction_lfr6_standard` says of given weights."""
+
+    kind: str
+    upsample_rate: int
+    alphas: Floats
+    """`[T]`, with the tail where the rate is 1."""
+    fired: npt.NDArray[np.bool_]
+    """Where the given peaks reach 1 - 1e-4, `[T]`."""
+    tokens: int
+    times: Times | None
+    """Start and end in ms, not always of every token; None where FunASR raises IndexError."""
+
+
 def read_goldens(size: Size) -> list[Golden]:
     """Return the utterances of a size, in their order."""
     stored = _load(size)
@@ -96,6 +111,25 @@ def read_fingerprints(size: Size) -> Fingerprints:
     """Return the hashes of the weights and sounds that FunASR was given."""
     stored = _load(size)
     return Fingerprints(str(stored["weights"]), str(stored["sounds"]))
+
+
+def read_times_cases() -> list[TimesCase]:
+    """Return the cases that `data/make_timestamps.py` drew."""
+    stored = _load("timestamps")
+    alphas, fired = _parts(stored, "alphas", "frames"), _parts(stored, "fired", "frames")
+    known = stored["times_counts"] >= 0
+    times = _parts({**stored, "counts": np.maximum(stored["times_counts"], 0)}, "times", "counts")
+    return [
+        TimesCase(
+            kind=str(stored["kinds"][index]),
+            upsample_rate=int(stored["rates"][index]),
+            alphas=next(alphas).astype(np.float32),
+            fired=next(fired),
+            tokens=int(stored["tokens"][index]),
+            times=_pairs(part) if known[index] else None,
+        )
+        for index, part in enumerate(times)
+    ]
 
 
 def _load(name: str) -> dict[str, Array]:
