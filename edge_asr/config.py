@@ -21,9 +21,12 @@ from pydantic import (
     field_validator,
 )
 
+from edge_asr.catalogue import BUNDLED, CATALOGUE
 from edge_asr.errors import ConfigError
 
-BUNDLED_MODEL = Path(__file__).resolve().parents[1] / "engines" / "paraformer-tiny"
+BUNDLED_MODEL = Path(__file__).resolve().parents[1] / "engines" / BUNDLED.name
+PULLED_LAST = "default"
+"""File beside the pulled models that names the one pulled last."""
 MAX_MQTT_BYTES = 65_535
 """The longest string that MQTT carries."""
 UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ufdd0-\ufdef\ufffe\uffff]")
@@ -48,10 +51,26 @@ def _readable(path: Path) -> Path:
 def _bundle(path: Path) -> Path:
     if path == BUNDLED_MODEL and not path.exists():
         raise ValueError(
-            "no model comes with the installed package; name the folder of one here or with --model DIR"
-            " (the demo needs a checkout of the repository)"
+            "no model comes with the installed package; run: edge-asr models pull paraformer-small, or name the folder"
+            " of one here or with --model DIR (the demo needs a checkout of the repository)"
         )
     return path
+
+
+def _chosen(value: Any, info: ValidationInfo) -> Any:
+    """Return the folder that the name of a model stands for; null is the model pulled last, else the bundled one."""
+    state_dir = info.data.get("state_dir")
+    if state_dir is None:  # is wrong itself
+        return BUNDLED_MODEL if value is None else value
+    models = models_dir(state_dir)
+    name = pulled_last(models) if value is None else value
+    if name is None or name == BUNDLED.name:
+        return BUNDLED_MODEL
+    if value is not None and value not in tuple(CATALOGUE):  # a path
+        return value
+    if not (models / name).is_dir():
+        raise ValueError(f"{name} is not in {models}; run: edge-asr models pull {name}")
+    return models / name
 
 
 def _encodable(value: str) -> str:
@@ -89,6 +108,12 @@ def _host(value: str) -> str:
     return value
 
 
+def _web_address(value: str) -> str:
+    if not re.fullmatch(r"https?://[^\s/?#]+[^\s?#]*", value):
+        raise ValueError("should be an address such as https://nas.local/models")
+    return value.rstrip("/")
+
+
 def _number(value: Any) -> Any:
     # YAML reads yes, no, on and off as booleans, and pydantic would go on to read those as 1 and 0.
     if isinstance(value, bool):
@@ -102,6 +127,35 @@ def host_device_id() -> str:
     return re.sub(r"[^A-Za-z0-9_-]+", "_", name).strip("_")[:64] or "edge"
 
 
+def default_state_dir() -> Path:
+    """Return where the appliance keeps things: what systemd sets, else the user's own folder for data."""
+    if given := os.environ.get("STATE_DIRECTORY"):
+        return Path(given.partition(":")[0])
+    home = os.environ.get("XDG_DATA_HOME", "")
+    try:
+        data = Path(home) if home.startswith("/") else Path.home() / ".local" / "share"
+    except RuntimeError:  # a service without a home directory
+        data = Path("/var/lib")
+    return data / "edge_asr"
+
+
+def models_dir(state_dir: Path) -> Path:
+    """Return the folder of the pulled models."""
+    return state_dir / "models"
+
+
+def pulled_last(models: Path) -> str | None:
+    """Return the name of the model pulled last; None: none was, or it was removed. Raises ConfigError."""
+    try:
+        return (models / PULLED_LAST).read_text(encoding="utf-8", errors="replace").strip() or None
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read {error.filename} ({error.strerror}); make it readable, or set `model`"
+        ) from error
+
+
 Integer = Annotated[int, BeforeValidator(_number)]
 Number = Annotated[float, BeforeValidator(_number)]
 UserPath = Annotated[Path, AfterValidator(_expand)]
@@ -112,6 +166,13 @@ class Section(BaseModel):
     """What all sections share: they are frozen and refuse unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+class ModelsConfig(Section):
+    """Where models are pulled from."""
+
+    mirror: Annotated[str, AfterValidator(_web_address)] | None = None
+    """A web server that has them as `<mirror>/<name>/<file>`; null: the hubs that the catalogue names."""
 
 
 class EngineConfig(Section):
@@ -237,12 +298,19 @@ class LogConfig(Section):
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
 
+_NULL: Any = None
+"""What `model` is where nobody sets it, before its validator puts a folder in its place."""
+
+
 class Config(Section):
     """The whole configuration; a part receives its own section only."""
 
     device_id: str = Field(default_factory=host_device_id, pattern=r"^[A-Za-z0-9_-]{1,64}$")
-    model: Annotated[UserPath, AfterValidator(_bundle)] = BUNDLED_MODEL
-    """The folder of a bundle."""
+    state_dir: UserPath = Field(default_factory=default_state_dir)
+    """What outlives a restart, such as pulled models; made when there is something to keep."""
+    model: Annotated[UserPath, BeforeValidator(_chosen), AfterValidator(_bundle)] = _NULL
+    """The folder of a bundle, made from a name of the catalogue or from null."""
+    models: ModelsConfig = ModelsConfig()
     engine: EngineConfig = EngineConfig()
     sources: tuple[SourceConfig, ...] = ()
     segment: SegmentConfig = SegmentConfig()

@@ -15,12 +15,13 @@ import yaml
 from pydantic import SecretStr, ValidationError
 from pydantic_core import ErrorDetails
 
+from edge_asr.catalogue import CATALOGUE
 from edge_asr.config import Config, FileSourceConfig, Section, StdinSourceConfig
 from edge_asr.errors import ConfigError
 
 ENV_PREFIX = "EDGE_ASR_"
 """`EDGE_ASR_MQTT__PORT=1884` sets `mqtt.port`: two underscores between the section and the key."""
-PATH_KEYS = (("model",), ("mqtt", "password_file"), ("sources", "*", "path"))
+PATH_KEYS = (("state_dir",), ("model",), ("mqtt", "password_file"), ("sources", "*", "path"))
 """Keys that hold a path: in a file they are relative to that file's folder, elsewhere to the working directory."""
 
 Key = tuple[str | int, ...]
@@ -32,7 +33,7 @@ def load_config(
     environ: Mapping[str, str] | None = None,
     *,
     sources: Sequence[Mapping[str, str]] = (),
-    model: Path | None = None,
+    model: str | Path | None = None,
 ) -> Config:
     """Merge defaults, the file, `EDGE_ASR_*` variables and `section.key=value` overrides, in rising order.
 
@@ -54,7 +55,7 @@ def load_config(
         else:
             draft.problems.append(f"-o {_shorten(option)}: should be section.key=value, such as -o mqtt.port=1884")
     if model is not None:
-        draft.set_value(("model",), str(model), "--model")
+        draft.set_value(("model",), model, "--model")
     return draft.validate()
 
 
@@ -106,6 +107,8 @@ class _Draft:
             elif data:
                 self.data = data
                 for key in PATH_KEYS:
+                    if key == ("model",) and data.get("model") in tuple(CATALOGUE):
+                        continue  # a name, not a path
                     _anchor(self.data, key, path.resolve().parent)
 
     def _note_lines(self, node: yaml.Node, key: Key, path: Path) -> None:

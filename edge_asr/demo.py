@@ -36,13 +36,18 @@ GO_ON = """
 How to go on
   your own broker    .venv/bin/edge-asr run --source FILE.wav -o mqtt.host=BROKER
   raw audio          arecord -t raw -f S16_LE -r 16000 -c 1 | .venv/bin/edge-asr run --source stdin
-  another model      .venv/bin/edge-asr transcribe --model DIR FILE.wav   (as FunASR or sherpa-onnx publish it)
+  a real model       .venv/bin/edge-asr models pull paraformer-small      (82 MB; or transcribe --model DIR)
   everything else    config.yaml, each key with a comment; README.md
 The bundled model knows some 60 command words and numbers, learnt from synthetic speech: real use wants a real model."""
 
 
 def run_demo(config: Config, keep: bool) -> int:
-    """Run the demonstration; return 0 if the text of every sample arrived, else 1."""
+    """Run the demonstration; return 0 if the text of every sample arrived, else 1.
+
+    Where the configuration names no model it plays the bundled one, whatever was pulled: that has samples to play.
+    """
+    if "model" not in config.model_fields_set:
+        config = config.model_copy(update={"model": BUNDLED_MODEL})
     logs.set_up("WARNING")
     logging.getLogger("amqtt").setLevel(logging.CRITICAL)
     logging.getLogger("transitions").setLevel(logging.CRITICAL)

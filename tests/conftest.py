@@ -9,6 +9,16 @@ import pytest
 from mosquitto import Mosquitto, find_program
 
 
+@pytest.fixture(scope="session", autouse=True)
+def state_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Keep the models that whoever runs the tests has pulled out of them; yield where state goes instead."""
+    folder = tmp_path_factory.mktemp("data")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_DATA_HOME", str(folder))
+        patch.delenv("STATE_DIRECTORY", raising=False)
+        yield folder / "edge_asr"
+
+
 @pytest.fixture(scope="session")
 def mosquitto_installed() -> None:
     """Skip what needs the real broker where it is not installed."""

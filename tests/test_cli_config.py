@@ -23,8 +23,6 @@ import sys
 from pathlib import Path
 from edge_asr import config, demo
 config.BUNDLED_MODEL = demo.BUNDLED_MODEL = Path("/nowhere/engines")
-config.Config.model_fields["model"].default = config.BUNDLED_MODEL
-config.Config.model_rebuild(force=True)
 from edge_asr.cli import main
 main()
 """
@@ -93,7 +91,8 @@ def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFi
 
 
 def test_every_command_takes_config_and_overrides() -> None:
-    commands = [info.callback for info in cli.app.registered_commands]
+    groups = [cli.app, *(info.typer_instance for info in cli.app.registered_groups)]
+    commands = [info.callback for group in groups if group is not None for info in group.registered_commands]
     assert commands
     for command in commands:
         assert command is not None
@@ -203,8 +202,8 @@ def test_an_installed_package_says_that_it_has_no_model(command: str) -> None:
     result = run(command, *(["a.wav"] if command == "transcribe" else []), program=("-c", WITHOUT_A_MODEL))
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == (
-        "edge-asr: model: no model comes with the installed package; name the folder of one here or with --model DIR"
-        " (the demo needs a checkout of the repository)\n"
+        "edge-asr: model: no model comes with the installed package; run: edge-asr models pull paraformer-small,"
+        " or name the folder of one here or with --model DIR (the demo needs a checkout of the repository)\n"
     )
 
 
