@@ -16,9 +16,11 @@ import typer
 from edge_asr import __version__
 from edge_asr.config import Config
 from edge_asr.config_reader import load_config, show_config
-from edge_asr.errors import EdgeAsrError
+from edge_asr.errors import ConfigError, EdgeAsrError
 
 PROGRAM = "edge-asr"
+ANY_MODEL = "."
+"""What `models` commands take for `model`: the configured one may be what is to be pulled, and not be here yet."""
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 app = typer.Typer(
@@ -29,6 +31,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+models = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(models, name="models", help="List, pull, verify and remove published models.")
 
 # Every command takes these two and hands them to `read_config`.
 ConfigOption = Annotated[
@@ -41,14 +45,16 @@ OverrideOption = Annotated[
 
 
 ModelOption = Annotated[
-    Path | None, typer.Option("--model", metavar="DIR", help="Folder of a Paraformer bundle; above all else.")
+    # Not a path: as one, `./paraformer-small` would become a name of the catalogue.
+    str | None,
+    typer.Option("--model", metavar="NAME|DIR", help="A pulled model, or the folder of a bundle; above all else."),
 ]
 
 
 def read_config(
     config: Path | None,
     overrides: Sequence[str] | None,
-    model: Path | None = None,
+    model: str | None = None,
     sources: Sequence[dict[str, str]] = (),
 ) -> Config:
     """Return the configuration that a command's `--config`, `-o`, `--model` and `--source` options ask for."""
@@ -137,6 +143,76 @@ def demo(
     from edge_asr.demo import run_demo
 
     raise typer.Exit(run_demo(settings, keep))
+
+
+@models.command("list")
+def list_models(
+    json_lines: Annotated[bool, typer.Option("--json", help="Print a model a line, as JSON.")] = False,
+    config: ConfigOption = None,
+    override: OverrideOption = None,
+) -> None:
+    """List the models of the catalogue, with size, licence and whether they are here."""
+    settings = read_config(config, override, ANY_MODEL)
+    from edge_asr import cli_models
+
+    cli_models.show_list(settings, json_lines)
+
+
+@models.command("pull")
+def pull_model(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A model of the catalogue.")],
+    accepted: Annotated[
+        bool, typer.Option("--accept-licence", "-y", help="Accept the model's licence without being asked.")
+    ] = False,
+    no_default: Annotated[bool, typer.Option("--no-default", help="Do not make it what `model: null` means.")] = False,
+    source: Annotated[
+        str | None, typer.Option("--source", metavar="huggingface|modelscope", help="Pull from this hub only.")
+    ] = None,
+    mirror: Annotated[
+        str | None, typer.Option("--mirror", metavar="URL", help="Pull <URL>/<NAME>/<file> instead of from a hub.")
+    ] = None,
+    folder: Annotated[
+        Path | None, typer.Option("--from", metavar="DIR", help="Copy from a folder or USB stick instead.")
+    ] = None,
+    config: ConfigOption = None,
+    override: OverrideOption = None,
+) -> None:
+    """Bring a model here: resumed where it broke off, verified, and tried on its own test recording."""
+    if sum(place is not None for place in (source, mirror, folder)) > 1:
+        raise ConfigError("--source, --mirror and --from exclude each other; give one")
+    chosen = [*(override or ()), *([f"models.mirror={mirror}"] if mirror is not None else [])]
+    settings = read_config(config, chosen, ANY_MODEL)
+    from edge_asr import cli_models
+
+    cli_models.pull(settings, name, source, folder, accepted=accepted, default=not no_default)
+
+
+@models.command("verify")
+def verify_models(
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME...", help="All that are here if none.")] = None,
+    json_lines: Annotated[bool, typer.Option("--json", help="Print a model a line, as JSON.")] = False,
+    config: ConfigOption = None,
+    override: OverrideOption = None,
+) -> None:
+    """Compare models on this machine with the catalogue, and try them on their own test recordings."""
+    settings = read_config(config, override, ANY_MODEL)
+    from edge_asr import cli_models
+
+    if failed := cli_models.verify(settings, names or (), json_lines):
+        raise typer.Exit(failed.exit_code)
+
+
+@models.command("remove")
+def remove_model(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A pulled model.")],
+    config: ConfigOption = None,
+    override: OverrideOption = None,
+) -> None:
+    """Delete a pulled model, or what there is of one."""
+    settings = read_config(config, override, ANY_MODEL)
+    from edge_asr import cli_models
+
+    cli_models.remove(settings, name)
 
 
 def _complain(error: EdgeAsrError) -> None:

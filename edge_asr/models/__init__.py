@@ -1,0 +1,1 @@
+"""Which models are on this machine, and how do they get here?"""
