@@ -116,7 +116,9 @@ def test_a_model_can_be_pulled_and_named_without_becoming_the_default(
     assert yaml.safe_load(run("check-config", "--config", str(config)).out)["model"] == str(
         tmp_path / "kept" / "models" / NAME
     )
-    assert load_config(None, ["state_dir=kept"], {}).model == BUNDLED_MODEL
+    kept = tmp_path / "kept"
+    assert load_config(None, [f"state_dir={kept}"], {}).model == BUNDLED_MODEL
+    assert not (kept / "models" / "default").exists()
     assert not state.exists()
 
 

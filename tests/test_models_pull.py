@@ -20,6 +20,7 @@ from model_server import (
     answers,
     breaks_after,
     claims_range,
+    etag,
     ignores_range,
     in_chunks,
     sends,
@@ -179,6 +180,15 @@ def test_what_is_here_is_not_sent_again(puller: Puller) -> None:
     assert puller.server.asked(GRAPH) == [None, f"bytes={MIB}-", f"bytes={2 * MIB}-"]
 
 
+def test_a_version_is_named_by_a_strong_tag_or_else_by_its_date(puller: Puller) -> None:
+    date = "Sun, 22 Nov 2026 10:00:00 GMT"
+    puller.server.tricks[GRAPH] = [breaks_after(MIB, ETag='W/"weak"', Last_Modified=date), ignores_range]
+    puller.server.tricks[TOKENS] = [breaks_after(9, Last_Modified=date)]
+    puller.pull()
+    asked = [request.headers.get("if-range") for request in puller.server.requests]
+    assert asked == [None, date, None, None, etag(BODIES[TOKENS]), None]
+
+
 def test_a_server_that_is_down_for_too_long_is_one_line_and_the_next_pull_goes_on(puller: Puller) -> None:
     puller.server.tricks[GRAPH] = [breaks_after(MIB), *[breaks_after(0)] * 2]
     puller.server.tricks[TOKENS] = [answers(503)] * 3
@@ -335,7 +345,7 @@ def test_files_that_rotted_between_two_pulls_are_pulled_again(puller: Puller) ->
     puller.server.tricks[RECORDING] = [answers(404)]
     puller.refused()
     (puller.partial / TOKENS).write_bytes(b"rotten")
-    (puller.partial / "stray").write_bytes(b"")
+    (puller.partial / "model.onnx").write_bytes(b"would be preferred")
     puller.pull()
     puller.assert_here()
     assert puller.server.asked(GRAPH) == [None]

@@ -89,6 +89,7 @@ class Store:
         check_room(self._folder, entry.name, sum(file.size or 0 for file in missing) - _bytes_in(partial, missing))
         for file in missing:
             fetch(file, partial)
+        _keep_only(partial, entry)
         progress.say(f"{entry.name}: recognising its test recording")
         try:
             self._prove(entry, partial)
@@ -98,7 +99,6 @@ class Store:
                 (partial / path).unlink()
             told = f"deleted what may be wrong ({', '.join(doubtful)}), pull again" if doubtful else "please report it"
             raise BundleError(f"{entry.name}: refused: {error}; {told}") from error
-        _keep_only(partial, entry)
         partial.rename(self.folder_of(entry))
         sync(self._folder)
 
