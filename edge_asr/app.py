@@ -20,11 +20,10 @@ from edge_asr.audio.stdin import StdinSource
 from edge_asr.budget import LatencyBudget, RecentResponses
 from edge_asr.config import Config, FileSourceConfig, GatesConfig, SegmentConfig, SourceConfig
 from edge_asr.errors import EdgeAsrError
+from edge_asr.loader import Recognizer, load_recognizer
 from edge_asr.pipeline import Gates, Labels, Listener, TranscriptSink
 from edge_asr.publish.mqtt import MqttPublisher
 from edge_asr.recognizer.bundle import Bundle, read_bundle
-from edge_asr.recognizer.onnx_network import OnnxNetwork
-from edge_asr.recognizer.paraformer import Paraformer
 from edge_asr.recognizer.scheduler import Scheduler
 from edge_asr.speech.segmenter import ENDPOINTS, Rules, Segmenter
 from edge_asr.speech.vad import SileroDetector
@@ -35,11 +34,6 @@ log = logging.getLogger(__name__)
 
 STATE_EVERY_S = 10.0
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-
-def load_recognizer(bundle: Bundle, threads: int) -> Paraformer:
-    """Load a bundle's graph on onnxruntime. Raises BundleError or EngineError."""
-    return Paraformer(bundle, OnnxNetwork(bundle.graph, threads))
 
 
 def segment_rules(config: SegmentConfig) -> Rules:
@@ -63,10 +57,10 @@ def choose_gates(config: GatesConfig, bundle: Bundle) -> Gates:
 def transcribe_files(config: Config, paths: Sequence[str]) -> Iterator[tuple[str, Transcript | EdgeAsrError]]:
     """Yield every file's transcripts, or the error that a file met; the others are done all the same."""
     bundle = read_bundle(config.model)
-    recognizer = load_recognizer(bundle, config.engine.threads)
+    recognizer = load_recognizer(bundle, config.engine, config.state_dir)
     try:
         for path in paths:
-            labels = Labels(config.device_id, f"file:{path}", bundle.name, bundle.engine)
+            labels = Labels(config.device_id, f"file:{path}", bundle.name, recognizer.engine)
             try:
                 for transcript in transcribe(path, recognizer, SileroDetector(), segment_rules(config.segment), labels):
                     yield path, transcript
@@ -95,7 +89,8 @@ class Daemon:
         """Read the bundle. Raises BundleError and ConfigError."""
         self._config = config
         self._bundle = read_bundle(config.model)
-        self._scheduler = Scheduler(lambda: load_recognizer(self._bundle, config.engine.threads))
+        self._scheduler = Scheduler(self._load)
+        self._engine: str | None = None
         self._budget = LatencyBudget(config.budget.response_ms)
         self._responses = RecentResponses()
         self._publisher = (
@@ -168,7 +163,13 @@ class Daemon:
     async def _start_model(self) -> None:
         started = time.monotonic()
         await self._scheduler.start()
-        log.info("model %s on %s, loaded in %.1f s", self._bundle.name, self._bundle.engine, time.monotonic() - started)
+        log.info("model %s on %s, loaded in %.1f s", self._bundle.name, self._engine, time.monotonic() - started)
+
+    def _load(self) -> Recognizer:
+        """Load the model, on the inference thread."""
+        recognizer = load_recognizer(self._bundle, self._config.engine, self._config.state_dir)
+        self._engine = recognizer.engine
+        return recognizer
 
     def _start_listeners(self) -> None:
         for config in self._config.sources:
@@ -190,7 +191,7 @@ class Daemon:
             Segmenter(segment_rules(self._config.segment)),
             self._scheduler,
             sinks,
-            Labels(self._config.device_id, source.name, self._bundle.name, self._bundle.engine),
+            Labels(self._config.device_id, source.name, self._bundle.name, self._engine or ""),
             choose_gates(self._config.gates, self._bundle),
             live,
         )
@@ -289,7 +290,7 @@ class Daemon:
         described: dict[str, Any] = {
             "state": state,
             "why": why,
-            "engine": self._bundle.engine,
+            "engine": self._engine,
             "model": self._bundle.name,
             "sources": self._health,
             "mute": False,

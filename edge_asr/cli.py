@@ -33,6 +33,8 @@ app = typer.Typer(
 )
 models = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(models, name="models", help="List, pull, verify and remove published models.")
+bench = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(bench, name="bench", help="Measure this machine.")
 
 # Every command takes these two and hands them to `read_config`.
 ConfigOption = Annotated[
@@ -50,15 +52,20 @@ ModelOption = Annotated[
     typer.Option("--model", metavar="NAME|DIR", help="A pulled model, or the folder of a bundle; above all else."),
 ]
 
+EngineOption = Annotated[
+    Path | None, typer.Option("--engine", metavar="DIR", help="The model's engine, made by build-engine --out.")
+]
+
 
 def read_config(
     config: Path | None,
     overrides: Sequence[str] | None,
     model: str | None = None,
     sources: Sequence[dict[str, str]] = (),
+    engine: Path | None = None,
 ) -> Config:
-    """Return the configuration that a command's `--config`, `-o`, `--model` and `--source` options ask for."""
-    return load_config(config, overrides or (), sources=sources, model=model)
+    """Return the configuration that a command's `--config`, `-o`, `--model`, `--engine` and `--source` ask for."""
+    return load_config(config, overrides or (), sources=sources, model=model, engine=engine)
 
 
 def _print_version(wanted: bool) -> None:
@@ -90,11 +97,12 @@ def transcribe(
     files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Audio in any format.")],
     json_lines: Annotated[bool, typer.Option("--json", help="Print a transcript a line, as JSON.")] = False,
     model: ModelOption = None,
+    engine: EngineOption = None,
     config: ConfigOption = None,
     override: OverrideOption = None,
 ) -> None:
     """Print what is said in files."""
-    settings = read_config(config, override, model)
+    settings = read_config(config, override, model, engine=engine)
     from edge_asr import logs
     from edge_asr.app import transcribe_files
 
@@ -143,6 +151,62 @@ def demo(
     from edge_asr.demo import run_demo
 
     raise typer.Exit(run_demo(settings, keep))
+
+
+@app.command("build-engine")
+def build_engine(
+    model: ModelOption = None,
+    target: Annotated[
+        str | None,
+        typer.Option("--target", metavar="auto|onnx-int8|onnx-fp32", help="engine.target for once."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Where to; engine.dir, or below state_dir if not given.")
+    ] = None,
+    if_needed: Annotated[bool, typer.Option("--if-needed", help="Do nothing where one that fits is there.")] = False,
+    config: ConfigOption = None,
+    override: OverrideOption = None,
+) -> None:
+    """Make of a model what this machine runs fastest; print the path of the manifest."""
+    chosen = [*(override or ()), *([f"engine.target={target}"] if target is not None else [])]
+    settings = read_config(config, chosen, model, engine=out)
+    from edge_asr import cli_engine
+
+    cli_engine.build(settings, if_needed)
+
+
+@bench.command("decode")
+def bench_decode(
+    model: ModelOption = None,
+    engine: EngineOption = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", help="Threads of one inference; engine.threads if not given.")
+    ] = None,
+    seconds: Annotated[
+        str, typer.Option("--seconds", metavar="S,S,...", help="Lengths of audio to decode.")
+    ] = "2,5,10",
+    batch: Annotated[int, typer.Option("--batch", min=1, max=64, help="Segments decoded together.")] = 1,
+    json_lines: Annotated[bool, typer.Option("--json", help="Print a case a line, as JSON.")] = False,
+    config: ConfigOption = None,
+    override: OverrideOption = None,
+) -> None:
+    """Measure how long the recogniser takes, stage by stage."""
+    chosen = [*(override or ()), *([f"engine.threads={threads}"] if threads is not None else [])]
+    settings = read_config(config, chosen, model, engine=engine)
+    from edge_asr import cli_bench, logs
+
+    logs.set_up(settings.log.level)
+    cli_bench.bench_decode(settings, _durations(seconds), batch, json_lines)
+
+
+def _durations(text: str) -> list[float]:
+    try:
+        durations = [float(part) for part in text.split(",")]
+    except ValueError:
+        durations = []
+    if not durations or not all(0 < duration <= 600 for duration in durations):
+        raise ConfigError(f"--seconds {text}: should be lengths up to 600 seconds with commas, such as 2,5,10")
+    return durations
 
 
 @models.command("list")

@@ -11,11 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from edge_asr.app import load_recognizer
 from edge_asr.audio.decode import read
 from edge_asr.catalogue import BUNDLED, CATALOGUE, HUGGING_FACE, Entry, Source
 from edge_asr.config import Config, models_dir, pulled_last
 from edge_asr.errors import ConfigError, EdgeAsrError
+from edge_asr.loader import load_whole
 from edge_asr.models.download import fetch
 from edge_asr.models.progress import Progress, megabytes, shown
 from edge_asr.models.store import Fetch, Store, copy, find_in
@@ -74,7 +74,7 @@ def _store(config: Config) -> Store:
 
 def transcribe_recordings(threads: int, folder: Path, recordings: Sequence[Path]) -> list[str]:
     """Return the texts of recordings by the bundle in `folder`. Raises BundleError, EngineError, AudioError."""
-    recognizer = load_recognizer(read_bundle(folder), threads)
+    recognizer = load_whole(read_bundle(folder), threads)
     try:
         return [recognizer.recognize(read(recording)).text for recording in recordings]
     finally:

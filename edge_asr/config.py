@@ -178,6 +178,10 @@ class ModelsConfig(Section):
 class EngineConfig(Section):
     """How the recogniser runs the model."""
 
+    target: Literal["auto", "onnx-int8", "onnx-fp32"] = "auto"
+    """What is built for this machine; auto measures once which is faster."""
+    dir: UserPath | None = None
+    """The folder of an engine that `edge-asr build-engine` made; null: one below `state_dir`, built when wanted."""
     threads: Integer = Field(default=0, ge=0, le=256)
     """Threads of one inference; 0 takes one for each physical core."""
 

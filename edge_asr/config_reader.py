@@ -21,7 +21,7 @@ from edge_asr.errors import ConfigError
 
 ENV_PREFIX = "EDGE_ASR_"
 """`EDGE_ASR_MQTT__PORT=1884` sets `mqtt.port`: two underscores between the section and the key."""
-PATH_KEYS = (("state_dir",), ("model",), ("mqtt", "password_file"), ("sources", "*", "path"))
+PATH_KEYS = (("state_dir",), ("model",), ("engine", "dir"), ("mqtt", "password_file"), ("sources", "*", "path"))
 """Keys that hold a path: in a file they are relative to that file's folder, elsewhere to the working directory."""
 
 Key = tuple[str | int, ...]
@@ -34,10 +34,12 @@ def load_config(
     *,
     sources: Sequence[Mapping[str, str]] = (),
     model: str | Path | None = None,
+    engine: Path | None = None,
 ) -> Config:
     """Merge defaults, the file, `EDGE_ASR_*` variables and `section.key=value` overrides, in rising order.
 
-    `sources`, where given, replace those of file and environment, and overrides refine them; `model` rises above all.
+    `sources`, where given, replace those of file and environment, and overrides refine them; `model` and `engine` rise
+    above all.
     Raises ConfigError with all problems at once, one a line.
     """
     draft = _Draft()
@@ -56,6 +58,8 @@ def load_config(
             draft.problems.append(f"-o {_shorten(option)}: should be section.key=value, such as -o mqtt.port=1884")
     if model is not None:
         draft.set_value(("model",), model, "--model")
+    if engine is not None:
+        draft.set_value(("engine", "dir"), str(engine), "--engine")
     return draft.validate()
 
 

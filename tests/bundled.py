@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import os
 import sys
 import wave
 from collections.abc import Iterator
@@ -14,16 +15,20 @@ import numpy as np
 
 from edge_asr.audio.decode import read
 from edge_asr.audio.source import Chunker
-from edge_asr.recognizer.bundle import GRAPHS, Bundle, read_bundle
-from edge_asr.recognizer.onnx_network import OnnxNetwork
+from edge_asr.config import EngineConfig
+from edge_asr.engine.build import build_engine
+from edge_asr.loader import existing, load_engine
+from edge_asr.loader import load_whole as load_whole_graph
+from edge_asr.recognizer.bundle import FP32, INT8, Bundle, read_bundle
 from edge_asr.recognizer.paraformer import Paraformer
+from edge_asr.recognizer.whole import WholeParaformer
 from edge_asr.types import SAMPLE_RATE, Chunk, Samples
 
 REPOSITORY = Path(__file__).parent.parent
 BUNDLE = REPOSITORY / "engines" / "paraformer-tiny"
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 """Recordings and published side files that are no part of the project; tests skip where they are absent."""
-ENGINES = tuple(GRAPHS)
+ENGINES = (FP32, INT8)
 
 
 def transcripts() -> dict[str, str]:
@@ -41,12 +46,27 @@ def sound_of(name: str) -> Samples:
 
 
 def bundle_of(engine: str) -> Bundle:
-    return dataclasses.replace(read_bundle(BUNDLE), graph=BUNDLE / GRAPHS[engine][0], engine=engine)
+    """Return the bundled model with one of its graphs only."""
+    bundle = read_bundle(BUNDLE)
+    return dataclasses.replace(bundle, files={engine: bundle.files[engine]})
+
+
+def engine_of(engine: str) -> Path:
+    """Return the folder of the bundled model's engine, built once in a run of the tests."""
+    folder = Path(os.environ["XDG_DATA_HOME"]) / "engines of the tests" / engine
+    if existing(bundle_of(engine), folder, engine) is None:
+        build_engine(bundle_of(engine), engine, folder, threads=1)
+    return folder
 
 
 def load(engine: str) -> Paraformer:
-    bundle = bundle_of(engine)
-    return Paraformer(bundle, OnnxNetwork(bundle.graph, threads=1))
+    """Load the bundled model's engine."""
+    return load_engine(bundle_of(engine), engine_of(engine), EngineConfig(threads=1))
+
+
+def load_whole(engine: str) -> WholeParaformer:
+    """Load one of the bundled model's published graphs as it is."""
+    return load_whole_graph(bundle_of(engine), threads=1)
 
 
 def chunks_of(samples: Samples) -> Iterator[Chunk]:

@@ -6,7 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from bundled import BUNDLE
 from mosquitto import Mosquitto, find_program
+
+from edge_asr.engine.build import build_engine
+from edge_asr.loader import engine_folder
+from edge_asr.recognizer.bundle import FP32, read_bundle
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -16,6 +21,9 @@ def state_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_DATA_HOME", str(folder))
         patch.delenv("STATE_DIRECTORY", raising=False)
+        # What most tests load. In fp32, for which of the two is faster would change from run to run.
+        bundle = read_bundle(BUNDLE)
+        build_engine(bundle, FP32, engine_folder(bundle, folder / "edge_asr"), threads=1)
         yield folder / "edge_asr"
 
 

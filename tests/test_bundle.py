@@ -9,13 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bundled import BUNDLE, SHARED_DATA, bundle_of, load, sound_of, transcripts
+from bundled import BUNDLE, ENGINES, SHARED_DATA, bundle_of, sound_of, transcripts
 
+from edge_asr.config import EngineConfig
+from edge_asr.engine.build import build_engine
 from edge_asr.errors import BundleError, EdgeAsrError
+from edge_asr.loader import load_engine, load_whole
 from edge_asr.recognizer.bundle import read_bundle
 from edge_asr.recognizer.features import WIDTH
 from edge_asr.recognizer.onnx_network import OnnxNetwork
-from edge_asr.recognizer.paraformer import Paraformer
+from edge_asr.recognizer.whole import WholeParaformer
 from edge_asr.speech.vad import MODEL as SILERO
 
 CONTRACT = SHARED_DATA / "contract"
@@ -42,9 +45,8 @@ def published() -> Callable[[str], Path]:
     return find
 
 
-def open_bundle(folder: Path) -> Paraformer:
-    bundle = read_bundle(folder)
-    return Paraformer(bundle, OnnxNetwork(bundle.graph, threads=1))
+def open_bundle(folder: Path) -> WholeParaformer:
+    return load_whole(read_bundle(folder), threads=1)
 
 
 def as_funasr(folder: Path) -> None:
@@ -92,8 +94,22 @@ def test_every_published_layout_is_read_and_recognises(
 ) -> None:
     layout(folder)
     recognizer = open_bundle(folder)
-    assert (recognizer.bundle.name, recognizer.bundle.engine) == ("a-model", engine)
+    assert (recognizer.bundle.name, recognizer.bundle.kind, recognizer.engine) == ("a-model", engine, engine)
     assert recognizer.bundle.graph == folder / graph
+    assert recognizer.recognize(sound_of("01.wav")).text == transcripts()["01.wav"]
+
+
+@pytest.mark.parametrize("layout", [as_funasr, as_sherpa, as_old_funasr, as_int8_only, as_sherpa_int8_only])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_of_every_published_layout_either_engine_is_built_and_recognises(
+    folder: Path, tmp_path: Path, layout: Callable[[Path], None], engine: str
+) -> None:
+    layout(folder)
+    bundle = read_bundle(folder)
+    manifest = build_engine(bundle, engine, tmp_path / "engine", threads=1)
+    same = bundle.files.get(engine, bundle.graph)
+    assert (manifest.engine, manifest.source.name) == (engine, same.name), "what was published in it is taken"
+    recognizer = load_engine(bundle, tmp_path / "engine", EngineConfig(threads=1))
     assert recognizer.recognize(sound_of("01.wav")).text == transcripts()["01.wav"]
 
 
@@ -363,9 +379,9 @@ def test_a_graph_that_is_gone_when_it_is_loaded_is_refused(tmp_path: Path) -> No
         OnnxNetwork(tmp_path / "model.onnx")
 
 
-def test_the_bundled_model_has_both_engines() -> None:
-    assert [load(engine).bundle.graph.name for engine in ("onnx-fp32", "onnx-int8")] == [
-        "model.onnx",
-        "model_quant.onnx",
-    ]
+def test_the_bundled_model_has_both_graphs() -> None:
+    assert {kind: path.name for kind, path in read_bundle(BUNDLE).files.items()} == {
+        "onnx-fp32": "model.onnx",
+        "onnx-int8": "model_quant.onnx",
+    }
     assert bundle_of("onnx-int8").tokens == bundle_of("onnx-fp32").tokens

@@ -190,7 +190,7 @@ def check_transcript(payload: dict[str, Any], began_at: datetime) -> None:
     assert (end - start).total_seconds() == pytest.approx(payload["duration_s"], abs=0.002)
     assert 0 <= payload["offset_s"] < 2
     trace = payload["latency_ms"]
-    assert set(trace) == {"endpoint", "queue", "features", "model", "response", "total"}
+    assert set(trace) == {"endpoint", "queue", "features", "encoder", "cif", "decoder", "response", "total"}
     assert trace["endpoint"] > 250, "the default preset waits for 384 ms after what the detector takes for the end"
     assert trace["total"] == pytest.approx(trace["endpoint"] + trace["response"], abs=0.1)
     assert payload["within_budget"] is (trace["response"] <= 300)
@@ -318,7 +318,7 @@ from edge_asr import app, cli
 
 class Endless:
     def __init__(self, recognizer):
-        self.recognizer = recognizer
+        self.recognizer, self.engine = recognizer, recognizer.engine
 
     def recognize(self, samples):
         print("inference begins", file=sys.stderr, flush=True)
@@ -326,7 +326,7 @@ class Endless:
             self.recognizer.recognize(samples[:4000])
 
 load = app.load_recognizer
-app.load_recognizer = lambda bundle, threads: Endless(load(bundle, threads))
+app.load_recognizer = lambda *given: Endless(load(*given))
 cli.main()
 """
 
@@ -482,6 +482,8 @@ def test_what_cannot_work_is_one_line_before_anything_starts(
 class Scripted:
     """A recogniser that answers, or fails; it keeps the lengths of what it was asked for."""
 
+    engine = "scripted"
+
     def __init__(self, error: EngineError | None = None) -> None:
         self._error = error
         self.lengths: list[int] = []
@@ -501,7 +503,7 @@ def recognizer(monkeypatch: pytest.MonkeyPatch) -> Callable[[Scripted], Scripted
     """Return what puts a recogniser in the place of the bundled one."""
 
     def use(scripted: Scripted) -> Scripted:
-        monkeypatch.setattr(app, "load_recognizer", lambda bundle, threads: scripted)
+        monkeypatch.setattr(app, "load_recognizer", lambda bundle, config, state_dir: scripted)
         return scripted
 
     return use

@@ -1,24 +1,25 @@
-"""The recogniser on the bundled model, against sherpa-onnx on the very same files; the inference thread."""
+"""The recogniser of two networks on the bundled model, against sherpa-onnx; the inference thread."""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import sherpa_onnx
 from bundled import BUNDLE, ENGINES, bundle_of, load, sound_of, transcripts
 
 from edge_asr.errors import BundleError, EngineError
+from edge_asr.recognizer.cif import ROW_MS, token_times
+from edge_asr.recognizer.features import WIDTH
 from edge_asr.recognizer.network import Arrays
-from edge_asr.recognizer.onnx_network import OnnxNetwork
-from edge_asr.recognizer.paraformer import Paraformer
+from edge_asr.recognizer.paraformer import NOTHING, Paraformer, position_encoding
 from edge_asr.recognizer.scheduler import Scheduler
 from edge_asr.types import SAMPLE_RATE, Recognition, Samples
 
@@ -34,7 +35,7 @@ def recognizer(request: pytest.FixtureRequest) -> Iterator[Paraformer]:
 
 @pytest.fixture(scope="module")
 def sherpa(recognizer: Paraformer) -> Any:
-    """sherpa-onnx on the graph that `recognizer` runs."""
+    """sherpa-onnx on the graph that the engine of `recognizer` was built from."""
     return sherpa_onnx.OfflineRecognizer.from_paraformer(str(recognizer.bundle.graph), str(BUNDLE / "tokens.txt"))
 
 
@@ -56,7 +57,7 @@ def test_every_bundled_recording_is_recognised(recognizer: Paraformer, name: str
 
 
 @pytest.mark.parametrize("name", SAMPLES)
-def test_sherpa_onnx_gives_the_same_tokens_and_text_on_the_same_graph(
+def test_sherpa_onnx_gives_the_same_tokens_and_text_on_the_published_graph(
     recognizer: Paraformer, sherpa: Any, name: str
 ) -> None:
     ours, theirs = recognizer.recognize(sound_of(name)), ask_sherpa(sherpa, sound_of(name))
@@ -74,23 +75,9 @@ def test_confidence_is_the_exponential_of_the_mean_log_probability(recognizer: P
     assert recognition.confidence == pytest.approx(float(np.exp(np.log(probabilities).mean())), rel=1e-5)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_token_confidences_are_the_graphs_own_log_probabilities(engine: str) -> None:
-    network = Recorder(engine)
-    recognizer = Paraformer(bundle_of(engine), network)
-    recognition = recognizer.recognize(sound_of("04.wav"))
-    scores = network.last["logits"][0][: int(network.last["token_num"][0])].astype(np.float64)
-    shares = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
-    ids = shares.argmax(-1)
-    spoken = ids > 2
-    assert [token.text for token in recognition.tokens] == [recognizer.bundle.tokens[i] for i in ids[spoken]]
-    expected = shares.max(-1)[spoken]
-    np.testing.assert_allclose([token.confidence for token in recognition.tokens], expected, rtol=1e-4)
-
-
 def test_each_stage_is_timed(recognizer: Paraformer) -> None:
     stages = recognizer.recognize(sound_of("01.wav")).stages_ms
-    assert set(stages) == {"features", "model"}
+    assert set(stages) == {"features", "encoder", "cif", "decoder"}
     assert all(value >= 0 for value in stages.values())
 
 
@@ -124,58 +111,100 @@ def test_a_recognition_depends_on_nothing_before_it(recognizer: Paraformer) -> N
     assert (again.text, again.tokens, again.confidence) == (first.text, first.tokens, first.confidence)
 
 
-# Graphs that answer otherwise
+def test_tokens_follow_each_other_within_the_sound(recognizer: Paraformer) -> None:
+    for name in SAMPLES:
+        sound = sound_of(name)
+        times = [(token.start_ms, token.end_ms) for token in recognizer.recognize(sound).tokens]
+        known = [(start, end) for start, end in times if start is not None and end is not None]
+        assert len(known) == len(times)
+        last = len(sound) * 1000 / SAMPLE_RATE + 2 * ROW_MS  # the last row is filled up, and the tail is one more
+        assert all(0 <= start < end <= last for start, end in known)
+        assert all(end <= start for (_, end), (start, _) in itertools.pairwise(known))
 
 
-class Recorder(OnnxNetwork):
-    """A loaded graph that keeps its last answer."""
-
-    def __init__(self, engine: str) -> None:
-        super().__init__(bundle_of(engine).graph, threads=1)
-        self.last: Arrays = {}
-
-    def run(self, inputs: Arrays) -> Arrays:
-        self.last = super().run(inputs)
-        return self.last
+def test_a_batch_says_what_each_says_alone(recognizer: Paraformer) -> None:
+    sounds = [sound_of(SAMPLES[0]), np.zeros(0, np.float32), sound_of(SAMPLES[4]), np.zeros(SAMPLE_RATE, np.float32)]
+    for found, sound in zip(recognizer.recognize_batch(sounds), sounds, strict=True):
+        alone = recognizer.recognize(sound)
+        assert (found.text, len(found.tokens)) == (alone.text, len(alone.tokens))
+        assert found.confidence == pytest.approx(alone.confidence, abs=1e-4)
+        assert [(t.start_ms, t.end_ms) for t in found.tokens] == [(t.start_ms, t.end_ms) for t in alone.tokens]
 
 
-class Scripted:
-    """A network that answers given ids with given probabilities, as plain scores."""
+def test_a_batch_of_nothing_is_nothing(recognizer: Paraformer) -> None:
+    assert recognizer.recognize_batch([]) == []
+    [found] = recognizer.recognize_batch([np.zeros(10, np.float32)])
+    assert (found.text, found.tokens, found.confidence) == ("", (), None)
 
-    def __init__(self, ids: list[int], probability: float, vocabulary: int, count: int | None = None) -> None:
-        rest = (1 - probability) / (vocabulary - 1)
-        self._scores = np.full((1, len(ids), vocabulary), np.log(rest) + 7, np.float32)
-        for position, token in enumerate(ids):
-            self._scores[0, position, token] = np.log(probability) + 7
-        self._count = len(ids) if count is None else count
+
+# Networks that answer otherwise
+
+FRAMES = 17
+"""Of a second."""
+SECOND: Samples = np.zeros(SAMPLE_RATE, np.float32)
+SIZE = 8
+METADATA = {"input_scale": "3.0", "tail": "0.45", "vocabulary": "109", "batches": "true"}
+TOKENS = bundle_of("onnx-fp32").tokens
+
+
+class Encoder:
+    """An encoder network that answers given alphas, one row for each utterance."""
+
+    def __init__(self, alphas: Sequence[float], **metadata: str) -> None:
+        self.alphas = np.array(alphas, np.float32)
+        self.metadata = {**METADATA, **metadata}
+        self.asked: list[Arrays] = []
         self.closed = False
 
-    @property
-    def metadata(self) -> dict[str, str]:
-        return {}
-
     def run(self, inputs: Arrays) -> Arrays:
-        assert inputs["speech"].shape[2] == 560
-        assert inputs["speech_lengths"].tolist() == [inputs["speech"].shape[1]]
-        return {"logits": self._scores, "token_num": np.array([self._count], np.int32)}
+        self.asked.append(inputs)
+        count, frames = inputs["x"].shape[:2]
+        alphas = np.zeros((count, frames), np.float32)
+        shown = self.alphas[:frames]
+        alphas[:, : len(shown)] = shown
+        return {"enc": np.zeros((count, frames, SIZE), np.float32), "alphas": alphas}
 
     def close(self) -> None:
         self.closed = True
 
 
-SECOND: npt.NDArray[np.float32] = np.zeros(SAMPLE_RATE, np.float32)
+class Decoder:
+    """A decoder network that answers given ids with given probabilities."""
+
+    def __init__(self, ids: Sequence[int], probabilities: Sequence[float] = ()) -> None:
+        self.ids = np.array(ids, np.int64)
+        self.logp = np.log(np.array(probabilities or [0.5] * len(ids), np.float32))
+        self.asked: list[Arrays] = []
+        self.closed = False
+
+    metadata: Mapping[str, str] = {}
+
+    def run(self, inputs: Arrays) -> Arrays:
+        self.asked.append(inputs)
+        count, tokens = inputs["cif"].shape[:2]
+        return {"ids": np.tile(self.ids[:tokens], (count, 1)), "logp": np.tile(self.logp[:tokens], (count, 1))}
+
+    def close(self) -> None:
+        self.closed = True
 
 
-def scripted(ids: list[int], probability: float = 0.5, count: int | None = None) -> Recognition:
-    bundle = bundle_of("onnx-fp32")
-    return Paraformer(bundle, Scripted(ids, probability, len(bundle.tokens), count)).recognize(SECOND)
+def evenly(tokens: int) -> list[float]:
+    """Return alphas of a second with so many tokens."""
+    return [tokens / FRAMES + 1e-4] * FRAMES
+
+
+def join(encoder: Encoder, decoder: Decoder) -> Paraformer:
+    return Paraformer(bundle_of("onnx-fp32"), encoder, decoder, "scripted")
+
+
+def scripted(ids: Sequence[int], probabilities: Sequence[float] = ()) -> Recognition:
+    return join(Encoder(evenly(len(ids))), Decoder(ids, probabilities)).recognize(SECOND)
 
 
 def test_special_tokens_are_no_text_wherever_they_stand() -> None:
-    tokens = bundle_of("onnx-fp32").tokens
     recognition = scripted([1, 10, 0, 2, 11, 2])
-    assert recognition.text == tokens[10] + tokens[11]
-    assert len(recognition.tokens) == 2
+    assert recognition.text == TOKENS[10] + TOKENS[11]
+    assert [token.text for token in recognition.tokens] == [TOKENS[10], TOKENS[11]]
 
 
 def test_only_special_tokens_are_no_text() -> None:
@@ -183,36 +212,146 @@ def test_only_special_tokens_are_no_text() -> None:
     assert (recognition.text, recognition.tokens, recognition.confidence) == ("", (), None)
 
 
-def test_plain_scores_are_normalised() -> None:
-    recognition = scripted([10, 11, 12], probability=0.25)
-    assert recognition.confidence == pytest.approx(0.25, rel=1e-4)
-    assert [token.confidence for token in recognition.tokens] == pytest.approx([0.25] * 3, rel=1e-4)
+def test_confidence_leaves_special_tokens_out() -> None:
+    recognition = scripted([10, 2, 11], [0.8, 0.001, 0.2])
+    assert recognition.confidence == pytest.approx((0.8 * 0.2) ** 0.5, rel=1e-5)
+    assert [token.confidence for token in recognition.tokens] == pytest.approx([0.8, 0.2], rel=1e-5)
 
 
-@pytest.mark.parametrize(("count", "tokens"), [(-1, 0), (0, 0), (1, 1), (2, 2), (3, 3), (4, 3)])
-def test_the_graph_says_how_many_tokens_count(count: int, tokens: int) -> None:
-    assert len(scripted([10, 11, 12], count=count).tokens) == tokens
+@pytest.mark.parametrize(("alphas", "tokens"), [([1.0, 0.5], 1), ([1.0, 0.6], 2), ([0.54], 0), ([0.56], 1), ([2.6], 3)])
+def test_the_sum_of_alphas_with_the_tail_says_how_many_tokens_there_are(alphas: list[float], tokens: int) -> None:
+    assert len(join(Encoder(alphas), Decoder([10, 11, 12])).recognize(SECOND).tokens) == tokens
 
 
-def test_a_graph_without_the_right_outputs_is_refused() -> None:
-    class Other(Scripted):
-        def run(self, inputs: Arrays) -> Arrays:
-            return {"output": next(iter(super().run(inputs).values()))}
-
-    with pytest.raises(BundleError, match=r"model\.onnx: .*no Paraformer graph; .*set `model` .*'logits'"):
-        Paraformer(bundle_of("onnx-fp32"), Other([10], 0.5, 109))
-
-
-def test_a_graph_that_fails_while_running_raises_an_engine_error() -> None:
-    network = OnnxNetwork(BUNDLE / "model.onnx", threads=1)
-    with pytest.raises(EngineError, match=r"^[^\n]*model\.onnx: onnxruntime failed: [^\n]*$"):
-        network.run({"speech": np.zeros((1, 10, 3), np.float32), "speech_lengths": np.array([10], np.int32)})
+def test_without_a_token_the_decoder_is_not_asked() -> None:
+    decoder = Decoder([10])
+    recognizer = join(Encoder([0.5]), decoder)
+    recognition = recognizer.recognize(SECOND)
+    assert (recognition.text, recognition.tokens, recognition.confidence) == ("", (), None)
+    assert set(recognition.stages_ms) == {"features", "encoder", "cif"}
+    assert [found.text for found in recognizer.recognize_batch([SECOND, SECOND])] == ["", ""]
+    assert decoder.asked == []
 
 
-def test_close_releases_the_network() -> None:
-    network = Scripted([10], 0.5, len(bundle_of("onnx-fp32").tokens))
-    Paraformer(bundle_of("onnx-fp32"), network).close()
-    assert network.closed
+def test_without_a_frame_no_network_is_asked() -> None:
+    encoder, decoder = Encoder([]), Decoder([])
+    recognizer = join(encoder, decoder)
+    before = len(encoder.asked)
+    assert recognizer.recognize(SECOND[:399]).text == ""
+    assert recognizer.decode(SECOND[:399]) is NOTHING
+    assert len(encoder.asked) == before
+
+
+def test_the_encoder_is_given_scaled_features_with_their_positions() -> None:
+    encoder = Encoder(evenly(1))
+    recognizer = join(encoder, Decoder([10]))
+    sound = sound_of("01.wav")
+    recognizer.recognize(sound)
+    given = encoder.asked[-1]
+    features = recognizer._features(sound)
+    assert given["x"].shape == (1, len(features), WIDTH)
+    np.testing.assert_allclose(given["x"][0], features * 3 + position_encoding(len(features)), atol=1e-5)
+    np.testing.assert_array_equal(given["mask"], np.ones((1, len(features)), np.float32))
+
+
+def test_positions_are_sines_then_cosines_from_one() -> None:
+    encoding = position_encoding(500)
+    for position, column in [(1, 0), (1, 279), (7, 100), (500, 3), (500, 279)]:
+        angle = position * 10_000 ** (-column / 279)
+        assert encoding[position - 1, column] == pytest.approx(np.sin(angle), abs=1e-3)
+        assert encoding[position - 1, 280 + column] == pytest.approx(np.cos(angle), abs=1e-3)
+
+
+def test_a_batch_is_one_run_in_which_masks_say_where_each_utterance_ends() -> None:
+    encoder, decoder = Encoder(evenly(3)), Decoder([10, 11, 12])
+    recognizer = join(encoder, decoder)
+    asked = len(encoder.asked)
+    half = SECOND[: SAMPLE_RATE // 2]
+    found = recognizer.recognize_batch([half, SECOND], padding=3)
+    assert len(encoder.asked) == asked + 1
+    assert [len(one.tokens) for one in found] == [1, 3], "alphas behind the end do not count"
+    rows = len(recognizer._features(half))
+    given = encoder.asked[-1]
+    assert given["x"].shape == (2, FRAMES + 3, WIDTH)
+    assert not given["x"][0, rows:].any()
+    np.testing.assert_array_equal(given["mask"].sum(axis=1), [rows, FRAMES])
+    given = decoder.asked[-1]
+    np.testing.assert_array_equal(given["enc_mask"].sum(axis=1), [rows, FRAMES])
+    np.testing.assert_array_equal(given["emb_mask"], [[1, 0, 0], [1, 1, 1]])
+    assert given["cif"].shape == (2, 3, FRAMES + 3)
+    assert not given["cif"][0, 1:].any()
+    assert not given["cif"][0, :, rows:].any()
+
+
+def test_in_int8_a_batch_is_run_one_by_one_without_masks() -> None:
+    encoder, decoder = Encoder(evenly(2), batches="false"), Decoder([10, 11])
+    recognizer = join(encoder, decoder)
+    asked = len(encoder.asked)
+    found = recognizer.recognize_batch([SECOND, SECOND[: SAMPLE_RATE // 2], SECOND], padding=5)
+    assert [one.text for one in found] == [TOKENS[10] + TOKENS[11], TOKENS[10], TOKENS[10] + TOKENS[11]]
+    shapes = [given["x"].shape[:2] for given in encoder.asked[asked:]]
+    assert shapes == [(1, FRAMES), (1, 8), (1, FRAMES)]
+    assert all(set(given) == {"x"} for given in encoder.asked)
+    assert all(set(given) == {"enc", "cif"} for given in decoder.asked)
+
+
+def test_times_before_the_sound_are_clamped() -> None:
+    alphas = [1.0]
+    first = token_times(np.array(alphas + [0] * (FRAMES - 1), np.float32), 0.45, 1)
+    assert first is not None
+    assert first[0][0] < 0
+    [token] = join(Encoder(alphas), Decoder([10])).recognize(SECOND).tokens
+    assert (token.start_ms, token.end_ms) == (0, first[0][1])
+
+
+def test_where_times_cannot_be_told_they_are_null() -> None:
+    alphas = [0.0] * (FRAMES - 1) + [3.0]
+    times = token_times(np.array(alphas, np.float32), 0.45, 3)
+    assert times is None or len(times) < 3
+    tokens = join(Encoder(alphas), Decoder([10, 11, 12])).recognize(SECOND).tokens
+    assert [(token.text, token.start_ms, token.end_ms) for token in tokens] == [
+        (TOKENS[id_], None, None) for id_ in (10, 11, 12)
+    ]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("where", ["alphas", "logp"])
+def test_what_is_not_finite_is_an_error_of_the_engine(where: str, value: float) -> None:
+    encoder, decoder = Encoder(evenly(2)), Decoder([10, 11])
+    recognizer = join(encoder, decoder)
+    broken = encoder.alphas if where == "alphas" else decoder.logp
+    broken[1] = value
+    with pytest.raises(EngineError, match="engine gives no finite numbers") as caught:
+        recognizer.recognize(SECOND)
+    assert str(bundle_of("onnx-fp32").folder) in str(caught.value)
+    with pytest.raises(EngineError, match="engine gives no finite numbers"):
+        join(encoder, decoder)
+
+
+@pytest.mark.parametrize("vocabulary", ["108", "110"])
+def test_a_vocabulary_of_another_size_is_refused(vocabulary: str) -> None:
+    with pytest.raises(BundleError, match=f"holds 109 tokens, the model {vocabulary}; .*copy it again"):
+        join(Encoder([], vocabulary=vocabulary), Decoder([]))
+
+
+@pytest.mark.parametrize("key", METADATA)
+def test_a_network_without_its_metadata_is_no_engine_of_ours(key: str) -> None:
+    encoder = Encoder([])
+    del encoder.metadata[key]
+    with pytest.raises(EngineError, match=f"its engine lacks '{key}'; run edge-asr build-engine again"):
+        join(encoder, Decoder([]))
+
+
+@pytest.mark.parametrize("key", ["input_scale", "tail", "vocabulary"])
+def test_a_network_whose_metadata_is_no_number_is_no_engine_of_ours(key: str) -> None:
+    with pytest.raises(EngineError, match="run edge-asr build-engine again"):
+        join(Encoder([], **{key: "much"}), Decoder([]))
+
+
+def test_close_releases_both_networks() -> None:
+    encoder, decoder = Encoder([]), Decoder([])
+    join(encoder, decoder).close()
+    assert (encoder.closed, decoder.closed) == (True, True)
 
 
 # The inference thread

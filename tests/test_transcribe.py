@@ -108,7 +108,7 @@ def test_json_is_a_transcript_a_line_with_the_path_as_given(transcribe: Run, mon
         assert (found["offset_s"], found["replayed"], found["age_s"]) == (0, False, 0)
         unknown = ("seq", "start", "end", "time_synced", "within_budget", "language", "text_itn")
         assert {key: found[key] for key in unknown} == dict.fromkeys(unknown)
-        assert set(found["latency_ms"]) == {"features", "model"}
+        assert set(found["latency_ms"]) == {"features", "encoder", "cif", "decoder"}
     assert len({found["id"] for found in result.transcripts}) == 2
 
 
@@ -246,7 +246,7 @@ def test_a_damaged_bundle_is_one_line_that_names_the_file(
 ) -> None:
     bundle = bundle_like(tmp_path / "bundle")
     culprit = damage(bundle)
-    result = transcribe("--model", bundle, recording(NAMES[0]))
+    result = transcribe("--model", bundle, recording(NAMES[0]), "-o", "log.level=WARNING")
     assert (result.exit_code, result.out) == (3, [])
     [line] = result.err
     assert line.startswith(f"edge-asr: {culprit}")
@@ -289,16 +289,34 @@ def test_output_that_the_terminal_cannot_show_is_escaped(tmp_path: Path) -> None
     ]
 
 
-def test_nothing_is_left_behind_and_nobody_is_told(tmp_path: Path) -> None:
-    result = subprocess.run(
-        command(recording(NAMES[0])),
-        env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": str(tmp_path), "TMPDIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert (result.returncode, result.stdout.strip(), result.stderr) == (0, TEXTS[NAMES[0]], "")
-    assert list(tmp_path.iterdir()) == [], "onnxruntime's telemetry keeps a device id and a queue of reports"
+def test_nothing_but_the_engine_is_left_behind_and_nobody_is_told(tmp_path: Path) -> None:
+    home, temporary = tmp_path / "home", tmp_path / "tmp"
+    for folder in (home, temporary):
+        folder.mkdir()
+
+    def run() -> str:
+        result = subprocess.run(
+            command(recording(NAMES[0])),
+            env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": str(home), "TMPDIR": str(temporary)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert (result.returncode, result.stdout.strip()) == (0, TEXTS[NAMES[0]])
+        return result.stderr
+
+    def kept() -> set[Path]:
+        return {path.relative_to(home) for path in home.rglob("*") if path.is_file()}
+
+    [told] = run().splitlines()
+    assert "building the engine of paraformer-tiny, once for this machine, in " in told
+    engine, *others = {path.parent for path in kept()}
+    assert (engine.parent, others) == (Path(".local/share/edge_asr/engines"), [])
+    before = kept()
+    assert len(before) == 3, "the manifest and two networks"
+    assert run() == ""
+    assert kept() == before, "onnxruntime's telemetry keeps a device id and a queue of reports"
+    assert list(temporary.iterdir()) == []
 
 
 def peak_of(path: Path) -> tuple[list[dict[str, Any]], float]:

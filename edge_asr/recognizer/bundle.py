@@ -15,9 +15,22 @@ import yaml
 from edge_asr.config import GatesConfig
 from edge_asr.errors import BundleError
 from edge_asr.recognizer.features import WIDTH, Features
+from edge_asr.recognizer.model_config import ModelConfig, read_model_config
 
-GRAPHS = {"onnx-fp32": ("model.onnx",), "onnx-int8": ("model_quant.onnx", "model.int8.onnx")}
-"""File names of the whole graph by the engine they make, best first."""
+FP32, INT8, CHECKPOINT = "onnx-fp32", "onnx-int8", "checkpoint"
+GRAPHS = ("model.onnx", "model_quant.onnx", "model.int8.onnx")
+"""File names of published graphs; whether one is in fp32 or int8 it says itself."""
+CHECKPOINTS = ("model.pt", "model.pb")
+"""File names of torch checkpoints, today's and the older one."""
+UNFIT = {
+    "model_eb.onnx": "an export with hot words; use the model's own model.pt, or an export without them",
+    "encoder.onnx": "a streaming Paraformer; use one that is not",
+    "encoder.int8.onnx": "a streaming Paraformer; use one that is not",
+}
+"""Files of bundles that look like ours and are not."""
+QUANTIZED_MARKS = (b"MatMulInteger", b"DynamicQuantizeLinear", b"DynamicQuantizeMatMul")
+"""Operators of an int8 graph; they stand before the weights."""
+HEADER_BYTES = 1 << 24
 TOKEN_FILES = ("tokens.json", "tokens.txt")
 CARD = "card.yaml"
 """What we know of a model beyond what it was published with: thresholds of the gates."""
@@ -36,14 +49,25 @@ class Bundle:
     """What is in the folder of a model."""
 
     name: str
-    graph: Path
-    engine: str
-    """`onnx-fp32` or `onnx-int8`."""
+    folder: Path
+    files: Mapping[str, Path]
+    """What the weights are read from, by kind: `onnx-fp32`, `onnx-int8`, `checkpoint`; at least one."""
+    config: ModelConfig
     tokens: tuple[str, ...]
     cmvn: Cmvn | None
     """None: the graph's metadata has it (sherpa-onnx layout)."""
     gates: Mapping[str, float]
     """Thresholds from the card, by key of the configuration's `gates`."""
+
+    @property
+    def graph(self) -> Path:
+        """The file to name, and to run where no engine can be built: fp32 before int8, as it was published."""
+        return next(self.files[kind] for kind in (FP32, INT8, CHECKPOINT) if kind in self.files)
+
+    @property
+    def kind(self) -> str:
+        """What `graph` is: `onnx-fp32`, `onnx-int8` or `checkpoint`."""
+        return next(kind for kind in (FP32, INT8, CHECKPOINT) if kind in self.files)
 
 
 def read_bundle(folder: Path) -> Bundle:
@@ -56,13 +80,15 @@ def read_bundle(folder: Path) -> Bundle:
         raise BundleError(
             f"{folder}: no such folder, or empty; set `model` (or --model) to the folder of a Paraformer bundle"
         )
-    graph, engine = _find_graph(folder)
+    files = _find_files(folder)
+    config = read_model_config(folder)
     tokens = _read_tokens(folder)
     mvn = folder / "am.mvn"
     return Bundle(
         name=folder.resolve().name,
-        graph=graph,
-        engine=engine,
+        folder=folder,
+        files=files,
+        config=config,
         tokens=tokens,
         cmvn=_read_mvn(mvn) if mvn.exists() else None,
         gates=_read_card(folder / CARD),
@@ -80,13 +106,31 @@ def cmvn_from_metadata(metadata: Mapping[str, str], graph: Path) -> Cmvn:
     return _checked_cmvn(rows, graph)
 
 
-def _find_graph(folder: Path) -> tuple[Path, str]:
-    for engine, names in GRAPHS.items():
-        for name in names:
-            if (folder / name).is_file():
-                return folder / name, engine
-    expected = ", ".join(name for group in GRAPHS.values() for name in group)
-    raise BundleError(f"{folder}: no model found, expected one of {expected}; copy the bundle again")
+def _find_files(folder: Path) -> Mapping[str, Path]:
+    """Return the files with weights by kind."""
+    for name, why in UNFIT.items():
+        if (folder / name).is_file():
+            raise BundleError(f"{folder}: with its {name} it is {why}")
+    files: dict[str, Path] = {}
+    for path in (folder / name for name in GRAPHS):
+        if path.is_file():
+            files.setdefault(_kind_of_graph(path), path)
+    for path in (folder / name for name in CHECKPOINTS):
+        if path.is_file():
+            files.setdefault(CHECKPOINT, path)
+    if not files:
+        expected = ", ".join((*GRAPHS, CHECKPOINTS[0]))
+        raise BundleError(f"{folder}: no model found, expected one of {expected}; copy the bundle again")
+    return files
+
+
+def _kind_of_graph(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            header = file.read(HEADER_BYTES)
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be read ({error}); correct its permissions") from error
+    return INT8 if any(mark in header for mark in QUANTIZED_MARKS) else FP32
 
 
 def _read_tokens(folder: Path) -> tuple[str, ...]:

@@ -39,6 +39,13 @@ class OnnxNetwork:
         del self._session
 
 
+def runtime_version() -> str:
+    """Return onnxruntime's version."""
+    import onnxruntime
+
+    return str(onnxruntime.__version__)
+
+
 def _load(path: Path, threads: int) -> onnxruntime.InferenceSession:
     try:
         import onnxruntime
@@ -52,8 +59,9 @@ def _load(path: Path, threads: int) -> onnxruntime.InferenceSession:
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 4  # what fails is raised, and said by us
-    # Threads that spin between two sentences would cost an idle appliance a core.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Threads that wait for each other within an inference spin, which is a fifth faster than sleeping; between two
+    # sentences that would cost an idle appliance a core.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions have no common base but this

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +13,9 @@ from phrases import KINDS, sentence
 from synthesis import EVALUATION_VOICES, RATE, Samples, Voices
 
 from edge_asr.audio.decode import read
-from edge_asr.recognizer.bundle import GRAPHS, read_bundle
-from edge_asr.recognizer.onnx_network import OnnxNetwork
-from edge_asr.recognizer.paraformer import Paraformer
+from edge_asr.loader import load_whole
+from edge_asr.recognizer.bundle import read_bundle
+from edge_asr.types import Recognition
 
 SEED = 20_260
 HUMAN_LINES = (1, 3, 5, *range(83, 110, 2))
@@ -82,7 +82,27 @@ def distance(reference: str, hypothesis: str) -> int:
 
 
 def evaluate(bundle: Path, work: Path, recordings: Path | None, count: int = 600) -> dict[str, dict[str, float]]:
-    """Return the error rates in per cent of each graph on each set."""
+    """Return the error rates in per cent of each published graph on each set."""
+    sets = utterance_sets(work, recordings, count)
+    loaded, rates = read_bundle(bundle), {}
+    for kind, path in loaded.files.items():
+        recognizer = load_whole(replace(loaded, files={kind: path}), threads=1)
+        rates[kind] = error_rates(recognizer.recognize, sets)
+    return rates
+
+
+def error_rates(
+    recognize: Callable[[Samples], Recognition], sets: Mapping[str, Sequence[Utterance]]
+) -> dict[str, float]:
+    """Return the error rate in per cent on each set."""
+    return {
+        name: character_error_rate((u.text, recognize(u.samples).text) for u in utterances)
+        for name, utterances in sets.items()
+    }
+
+
+def utterance_sets(work: Path, recordings: Path | None, count: int) -> dict[str, list[Utterance]]:
+    """Return what is recognised, by name: sentences of voices that no training heard, and recordings of people."""
     ordinary = [kind for kind in KINDS if kind not in ("random", "fixed")]
     sets = {
         "clean": list(synthetic(work / "voices" / "evaluation", count, ordinary, None, SEED)),
@@ -91,12 +111,4 @@ def evaluate(bundle: Path, work: Path, recordings: Path | None, count: int = 600
     }
     if recordings is not None and recordings.is_dir():
         sets["human commands"] = list(human(recordings))
-    rates: dict[str, dict[str, float]] = {}
-    for engine, names in GRAPHS.items():
-        loaded = read_bundle(bundle)
-        recognizer = Paraformer(loaded, OnnxNetwork(bundle / names[0], 1))
-        rates[engine] = {
-            name: character_error_rate((u.text, recognizer.recognize(u.samples).text) for u in utterances)
-            for name, utterances in sets.items()
-        }
-    return rates
+    return sets

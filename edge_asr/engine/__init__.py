@@ -1,0 +1,1 @@
+"""From a bundle to an engine: the networks that this very machine runs."""

@@ -1,0 +1,96 @@
+"""A published graph run as it is: for what we cannot take apart, and where no engine can be built."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_asr.errors import BundleError, EngineError
+from edge_asr.recognizer.bundle import Bundle
+from edge_asr.recognizer.features import Features
+from edge_asr.recognizer.network import Arrays, Network
+from edge_asr.recognizer.paraformer import (
+    NOTHING,
+    Decoded,
+    check_vocabulary,
+    feature_extractor,
+    noise,
+    recognition,
+    timed,
+)
+from edge_asr.types import Recognition, Samples
+
+
+class WholeParaformer:
+    """A bundle's own graph: `speech`, `speech_lengths` -> `logits`, `token_num`. One thread at a time.
+
+    Tokens have no times: the graph keeps its alphas to itself.
+    """
+
+    batches = False
+
+    def __init__(self, bundle: Bundle, network: Network, engine: str) -> None:
+        """Join bundle and network, and try them on a second of noise; raises BundleError where they do not fit.
+
+        `engine`: what transcripts call it, `onnx-fp32` for example.
+        """
+        self.bundle, self.engine = bundle, engine
+        self._network = network
+        self._features = feature_extractor(bundle, network.metadata)
+        try:
+            scores, _ = self._run(self._features(noise()))
+        except EngineError as error:
+            raise self._no_paraformer(str(error)) from error
+        if not np.isfinite(scores).all():
+            raise BundleError(f"{bundle.folder}: gives no finite numbers on noise; copy the bundle again")
+        check_vocabulary(bundle, scores.shape[-1])
+
+    def recognize(self, samples: Samples) -> Recognition:
+        """Recognise `[n]` samples (16 kHz, full scale +-1); text is empty for silence. Raises EngineError."""
+        stages: dict[str, float] = {}
+        with timed(stages, "features"):
+            features = self._features(samples)
+        if not len(features):
+            return recognition(self.bundle, NOTHING, stages, None)
+        with timed(stages, "model"):
+            decoded = self._decode(features)
+        return recognition(self.bundle, decoded, stages, None)
+
+    def recognize_batch(self, batch: Sequence[Samples]) -> list[Recognition]:
+        """Recognise several segments, one by one: padding would change what they are."""
+        return [self.recognize(samples) for samples in batch]
+
+    def close(self) -> None:
+        """Release the network."""
+        self._network.close()
+
+    def decode(self, samples: Samples) -> Decoded:
+        """Return what the graph says of `[n]` samples, without alphas. Raises EngineError."""
+        features = self._features(samples)
+        return self._decode(features) if len(features) else NOTHING
+
+    def _decode(self, features: Features) -> Decoded:
+        scores, count = self._run(features)
+        scores = scores[:count]
+        if not np.isfinite(scores).all():
+            raise EngineError(f"{self.bundle.graph}: the scores are not finite")
+        # Published graphs end in a log-softmax, some exports in plain scores: normalising is right for both.
+        shares = np.exp(scores - scores.max(-1, keepdims=True)).sum(-1)
+        return Decoded(scores.argmax(-1), -np.log(shares), NOTHING.alphas)
+
+    def _run(self, features: Features) -> tuple[npt.NDArray[np.float32], int]:
+        """Return scores `[N, V]` and the number of tokens that count."""
+        inputs: Arrays = {"speech": features[None], "speech_lengths": np.array([len(features)], np.int32)}
+        outputs = self._network.run(inputs)
+        try:
+            return outputs["logits"][0], max(0, int(outputs["token_num"].reshape(-1)[0]))
+        except KeyError as error:
+            raise self._no_paraformer(f"it has no output {error}") from error
+
+    def _no_paraformer(self, why: str) -> BundleError:
+        return BundleError(
+            f"{self.bundle.graph}: damaged, or no Paraformer graph; copy the bundle again, or set `model` (or"
+            f" --model) to the folder of a Paraformer bundle ({why})"
+        )
