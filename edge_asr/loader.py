@@ -11,7 +11,7 @@ from pathlib import Path
 from edge_asr.config import EngineConfig
 from edge_asr.errors import EngineError
 from edge_asr.recognizer.bundle import CHECKPOINT, Bundle
-from edge_asr.recognizer.manifest import Manifest, check_networks, read_manifest, unfit
+from edge_asr.recognizer.manifest import Manifest, check_files, read_manifest, unfit
 from edge_asr.recognizer.onnx_network import OnnxNetwork
 from edge_asr.recognizer.paraformer import Paraformer
 from edge_asr.recognizer.whole import WholeParaformer
@@ -46,10 +46,8 @@ def load_engine(bundle: Bundle, folder: Path, config: EngineConfig) -> Paraforme
     if manifest is None or (why := unfit(manifest, bundle, config.target)):
         reason = "holds no engine" if manifest is None else f"does not fit: {why}"
         raise EngineError(f"{folder}: {reason}; run edge-asr build-engine --model {bundle.folder} --out {folder}")
-    check_networks(folder, manifest)
-    encoder, decoder = (
-        OnnxNetwork(folder / part.name, config.threads) for part in (manifest.encoder, manifest.decoder)
-    )
+    check_files(folder, manifest)
+    encoder, decoder = (OnnxNetwork(folder / name, config.threads) for name in (manifest.encoder, manifest.decoder))
     return Paraformer(bundle, encoder, decoder, manifest.engine)
 
 
@@ -70,7 +68,7 @@ def existing(bundle: Bundle, folder: Path, target: str) -> Manifest | None:
         manifest = read_manifest(folder)
         if manifest is None or unfit(manifest, bundle, target):
             return None
-        check_networks(folder, manifest)
+        check_files(folder, manifest)
     except EngineError:
         return None
     return manifest

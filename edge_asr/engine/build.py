@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
-import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Protocol
 from edge_asr import __version__
 from edge_asr.engine import trial
 from edge_asr.engine.checkpoint import read_checkpoint
-from edge_asr.engine.graph import Graph, decoder_graph, encoder_graph
+from edge_asr.engine.graph import decoder_graph, encoder_graph
 from edge_asr.engine.published import read_graph
 from edge_asr.engine.quantize import dequantize, quantize
 from edge_asr.engine.weights import UnknownGraphError, Weights, check
@@ -23,9 +22,8 @@ from edge_asr.errors import EngineError
 from edge_asr.recognizer.bundle import CHECKPOINT, FP32, INT8, Bundle
 from edge_asr.recognizer.manifest import (
     Manifest,
-    NetworkFile,
+    describe_file,
     describe_source,
-    sha256_of,
     this_machine,
     write_manifest,
 )
@@ -60,12 +58,9 @@ class _Candidate:
 
     engine: str
     source: Path
-    encoder: Path
-    decoder: Path
-
-    @property
-    def networks(self) -> tuple[Path, Path]:
-        return self.encoder, self.decoder
+    encoder: tuple[Path, Path]
+    """The graph, and the file of its constants."""
+    decoder: tuple[Path, Path]
 
 
 def build_engine(bundle: Bundle, target: str, out: Path, threads: int = 0, progress: Progress = silent) -> Manifest:
@@ -129,9 +124,9 @@ def _write(bundle: Bundle, engine: str, folder: Path, signed: bool, steps: _Step
         weights = dequantize(weights)
     metadata = {**metadata, **_metadata(weights)}
     steps("writing the encoder", 0.4)
-    encoder = _save(encoder_graph(weights, metadata, signed), folder / f"{engine}-encoder.onnx")
+    encoder = encoder_graph(weights, metadata, signed).write(folder, "encoder")
     steps("writing the decoder", 0.55)
-    decoder = _save(decoder_graph(weights, signed), folder / f"{engine}-decoder.onnx")
+    decoder = decoder_graph(weights, signed).write(folder, "decoder")
     del weights
     gc.collect()  # what follows loads the networks: the weights must be gone by then
     return _Candidate(engine, source, encoder, decoder)
@@ -158,17 +153,9 @@ def _metadata(weights: Weights) -> Mapping[str, str]:
     }
 
 
-def _save(network: Graph, path: Path) -> Path:
-    with path.open("wb") as file:
-        network.write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    return path
-
-
 @contextlib.contextmanager
 def _loaded(bundle: Bundle, candidate: _Candidate, threads: int) -> Iterator[Paraformer]:
-    encoder, decoder = (OnnxNetwork(path, threads) for path in candidate.networks)
+    encoder, decoder = (OnnxNetwork(graph, threads) for graph, _ in (candidate.encoder, candidate.decoder))
     recognizer = Paraformer(bundle, encoder, decoder, candidate.engine)
     try:
         yield recognizer
@@ -208,29 +195,23 @@ def _choose(target: str, times: Mapping[str, float]) -> tuple[str, str]:
 def _install(
     bundle: Bundle, target: str, candidate: _Candidate, out: Path, why: str, times: Mapping[str, float]
 ) -> Manifest:
-    """Move the networks into place under names of their own, then the manifest that names them, then clear the rest."""
-    networks = [_place(path, out) for path in candidate.networks]
+    """Move the files into place, then the manifest that names them, and clear the rest."""
+    files = [path.replace(out / path.name) for path in (*candidate.encoder, *candidate.decoder)]
     manifest = Manifest(
         engine=candidate.engine,
         asked=target,
         why=why,
         model=bundle.name,
         source=describe_source(candidate.source),
-        encoder=networks[0],
-        decoder=networks[1],
+        encoder=candidate.encoder[0].name,
+        decoder=candidate.decoder[0].name,
+        files={path.name: describe_file(path) for path in files},
         machine=this_machine(),
         versions={"edge_asr": __version__, "onnxruntime": runtime_version()},
         measured_ms=times,
     )
     write_manifest(out, manifest)
-    for path in out.glob("*.onnx"):
-        if path.name not in (network.name for network in networks):
+    for path in (*out.glob("*.onnx"), *out.glob("*.data")):
+        if path.name not in manifest.files:
             path.unlink()
     return manifest
-
-
-def _place(path: Path, out: Path) -> NetworkFile:
-    digest = sha256_of(path)
-    part = path.stem.rpartition("-")[2]
-    placed = path.replace(out / f"{part}-{digest[:12]}.onnx")
-    return NetworkFile(placed.name, placed.stat().st_size, digest)

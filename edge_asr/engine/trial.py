@@ -76,9 +76,7 @@ def multiplies_signed_exactly() -> bool:
     """
     values = np.full((64, 16), 127, np.int8)
     with tempfile.TemporaryDirectory(prefix="edge_asr-") as folder:
-        path = Path(folder) / "product.onnx"
-        with path.open("wb") as file:
-            product_graph(values).write(file)
+        path, _ = product_graph(values).write(Path(folder), "product")
         network = OnnxNetwork(path, threads=1)
         product = network.run({"x": np.full((1, 64), 255, np.uint8)})["y"]
         network.close()

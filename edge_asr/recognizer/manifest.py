@@ -1,4 +1,4 @@
-"""The manifest of an engine: what it was made of, for which machine, and the hashes of its networks."""
+"""The manifest of an engine: what it was made of, for which machine, and the hashes of its files."""
 
 from __future__ import annotations
 
@@ -33,10 +33,9 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
-class NetworkFile:
-    """A network on disk, beside the manifest."""
+class FileRecord:
+    """What a file of an engine is."""
 
-    name: str
     size: int
     sha256: str
 
@@ -53,8 +52,11 @@ class Manifest:
     """How the engine was chosen, for people."""
     model: str
     source: Source
-    encoder: NetworkFile
-    decoder: NetworkFile
+    encoder: str
+    """File name of the encoder network."""
+    decoder: str
+    files: Mapping[str, FileRecord]
+    """All files by name: the networks, and the constants that lie beside them."""
     machine: str
     versions: Mapping[str, str]
     """Of edge_asr and onnxruntime."""
@@ -71,11 +73,11 @@ def read_manifest(folder: Path) -> Manifest | None:
         if loaded["schema"] != SCHEMA:
             raise EngineError(f"{path}: of another version of edge_asr ({loaded['schema']}); {REMEDY}")
         parts = {"source": Source(**loaded["source"])}
-        networks = {key: NetworkFile(**loaded[key]) for key in ("encoder", "decoder")}
-        return Manifest(**{**loaded, **parts, **networks})
+        files = {name: FileRecord(**record) for name, record in loaded["files"].items()}
+        return Manifest(**{**loaded, **parts, "files": files})
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise EngineError(f"{path}: not a manifest ({error}); {REMEDY}") from error
 
 
@@ -110,16 +112,21 @@ def unfit(manifest: Manifest, bundle: Bundle, target: str = "auto") -> str | Non
     return None
 
 
-def check_networks(folder: Path, manifest: Manifest) -> None:
-    """Raise EngineError unless both networks are what was written: a flipped bit would change words."""
-    for network in (manifest.encoder, manifest.decoder):
-        path = folder / network.name
+def check_files(folder: Path, manifest: Manifest) -> None:
+    """Raise EngineError unless all files are what was written: a flipped bit would change words."""
+    for name, record in manifest.files.items():
+        path = folder / name
         try:
-            same = path.stat().st_size == network.size and sha256_of(path) == network.sha256
+            same = describe_file(path) == record
         except OSError as error:
             raise EngineError(f"{path}: cannot be read ({error}); {REMEDY}") from error
         if not same:
             raise EngineError(f"{path}: damaged; {REMEDY}")
+
+
+def describe_file(path: Path) -> FileRecord:
+    """Return size and hash of a file."""
+    return FileRecord(path.stat().st_size, sha256_of(path))
 
 
 def describe_source(path: Path) -> Source:
