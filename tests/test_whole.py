@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import sherpa_onnx
 from bundled import BUNDLE, ENGINES, bundle_of, load_whole, sound_of, transcripts
+from goldens import TimesCase, read_times_cases
 
 from edge_asr.errors import BundleError, EngineError
 from edge_asr.recognizer.network import Arrays
@@ -226,3 +227,27 @@ def test_close_releases_the_network() -> None:
     network = Scripted([10], 0.5, len(bundle_of("onnx-fp32").tokens))
     WholeParaformer(bundle_of("onnx-fp32"), network, "scripted").close()
     assert network.closed
+
+
+class Finer(Scripted):
+    """A graph with finer alphas, as BiCif models are exported."""
+
+    def __init__(self, case: TimesCase) -> None:
+        super().__init__([10 + index for index in range(case.tokens)], 0.5, len(bundle_of("onnx-fp32").tokens))
+        self._case = case
+
+    def run(self, inputs: Arrays) -> Arrays:
+        peaks = np.where(self._case.fired, np.float32(1.2), np.float32(0.3))
+        return {**super().run(inputs), "us_alphas": self._case.alphas[None], "us_cif_peak": peaks[None]}
+
+
+def test_finer_alphas_of_a_graph_give_funasrs_times() -> None:
+    cases = [case for case in read_times_cases() if case.upsample_rate == 3 and case.tokens]
+    for case in cases:
+        tokens = WholeParaformer(bundle_of("onnx-fp32"), Finer(case), "scripted").recognize(SECOND).tokens
+        times = [(token.start_ms, token.end_ms) for token in tokens]
+        if case.times and len(case.times) == case.tokens:
+            assert times == [(max(0, start), max(0, end)) for start, end in case.times]
+        else:
+            assert times == [(None, None)] * case.tokens
+    assert len(cases) > 100

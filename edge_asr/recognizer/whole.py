@@ -9,24 +9,30 @@ import numpy.typing as npt
 
 from edge_asr.errors import BundleError, EngineError
 from edge_asr.recognizer.bundle import Bundle
+from edge_asr.recognizer.cif import NEARLY_ONE, times_of_fires
 from edge_asr.recognizer.features import Features
 from edge_asr.recognizer.network import Arrays, Network
 from edge_asr.recognizer.paraformer import (
     NOTHING,
     Decoded,
+    Times,
     check_vocabulary,
     feature_extractor,
     noise,
     recognition,
     timed,
 )
+from edge_asr.recognizer.tokens import SPECIAL_IDS
 from edge_asr.types import Recognition, Samples
+
+UPSAMPLED = 3
+"""Finer alphas to an encoder frame."""
 
 
 class WholeParaformer:
     """A bundle's own graph: `speech`, `speech_lengths` -> `logits`, `token_num`. One thread at a time.
 
-    Tokens have no times: the graph keeps its alphas to itself.
+    Tokens have times only where the graph gives finer alphas as well (`us_alphas` and `us_cif_peak`, of BiCif models).
     """
 
     batches = False
@@ -40,7 +46,7 @@ class WholeParaformer:
         self._network = network
         self._features = feature_extractor(bundle, network.metadata)
         try:
-            scores, _ = self._run(self._features(noise()))
+            scores, _ = self._scores(self._run(self._features(noise())))
         except EngineError as error:
             raise self._no_paraformer(str(error)) from error
         if not np.isfinite(scores).all():
@@ -55,8 +61,9 @@ class WholeParaformer:
         if not len(features):
             return recognition(self.bundle, NOTHING, stages, None)
         with timed(stages, "model"):
-            decoded = self._decode(features)
-        return recognition(self.bundle, decoded, stages, None)
+            outputs = self._run(features)
+            decoded = self._best(*self._scores(outputs))
+        return recognition(self.bundle, decoded, stages, _times(outputs, decoded))
 
     def recognize_batch(self, batch: Sequence[Samples]) -> list[Recognition]:
         """Recognise several segments, one by one: padding would change what they are."""
@@ -69,10 +76,9 @@ class WholeParaformer:
     def decode(self, samples: Samples) -> Decoded:
         """Return what the graph says of `[n]` samples, without alphas. Raises EngineError."""
         features = self._features(samples)
-        return self._decode(features) if len(features) else NOTHING
+        return self._best(*self._scores(self._run(features))) if len(features) else NOTHING
 
-    def _decode(self, features: Features) -> Decoded:
-        scores, count = self._run(features)
+    def _best(self, scores: npt.NDArray[np.float32], count: int) -> Decoded:
         scores = scores[:count]
         if not np.isfinite(scores).all():
             raise EngineError(f"{self.bundle.graph}: the scores are not finite")
@@ -80,17 +86,27 @@ class WholeParaformer:
         shares = np.exp(scores - scores.max(-1, keepdims=True)).sum(-1)
         return Decoded(scores.argmax(-1), -np.log(shares), NOTHING.alphas)
 
-    def _run(self, features: Features) -> tuple[npt.NDArray[np.float32], int]:
+    def _scores(self, outputs: Arrays) -> tuple[npt.NDArray[np.float32], int]:
         """Return scores `[N, V]` and the number of tokens that count."""
-        inputs: Arrays = {"speech": features[None], "speech_lengths": np.array([len(features)], np.int32)}
-        outputs = self._network.run(inputs)
         try:
             return outputs["logits"][0], max(0, int(outputs["token_num"].reshape(-1)[0]))
         except KeyError as error:
             raise self._no_paraformer(f"it has no output {error}") from error
+
+    def _run(self, features: Features) -> Arrays:
+        return self._network.run({"speech": features[None], "speech_lengths": np.array([len(features)], np.int32)})
 
     def _no_paraformer(self, why: str) -> BundleError:
         return BundleError(
             f"{self.bundle.graph}: damaged, or no Paraformer graph; copy the bundle again, or set `model` (or"
             f" --model) to the folder of a Paraformer bundle ({why})"
         )
+
+
+def _times(outputs: Arrays, decoded: Decoded) -> Times | None:
+    """Return start and end in ms of each token that is not special; None where the graph does not tell."""
+    if not {"us_alphas", "us_cif_peak"} <= set(outputs):
+        return None
+    alphas, peaks = (np.asarray(outputs[name][0], np.float32) for name in ("us_alphas", "us_cif_peak"))
+    spoken = int((decoded.ids >= SPECIAL_IDS).sum())
+    return times_of_fires(alphas, peaks >= NEARLY_ONE, spoken, rate=UPSAMPLED)
