@@ -25,6 +25,9 @@ from edge_asr.engine.weights import (
 from edge_asr.errors import BundleError
 from edge_asr.recognizer.model_config import ModelConfig
 
+NOT_THERE = (ArithmeticError, AttributeError, LookupError, RuntimeError, StopIteration, TypeError, ValueError)
+"""What comes of looking for something in a graph that lacks it, or has something else there."""
+
 
 def read_graph(path: Path, config: ModelConfig) -> tuple[Weights, Mapping[str, str]]:
     """Return the weights of a published graph and its metadata; the graph's own numbers rise above those of `config`.
@@ -33,12 +36,12 @@ def read_graph(path: Path, config: ModelConfig) -> tuple[Weights, Mapping[str, s
     """
     try:
         model = onnx.load(str(path))
-    except (DecodeError, ValueError, OSError) as error:
+    except (DecodeError, onnx.checker.ValidationError, ValueError, OSError) as error:
         raise BundleError(f"{path}: damaged, or no ONNX graph; copy the bundle again ({error})") from error
     try:
         metadata = {entry.key: entry.value for entry in model.metadata_props}
         return _Graph(model.graph).weights(config), metadata
-    except (KeyError, IndexError, TypeError, ValueError) as error:  # the graph lacks what a Paraformer has
+    except NOT_THERE as error:
         raise UnknownGraphError(f"{type(error).__name__}: {error}") from error
 
 
@@ -79,12 +82,12 @@ class _Graph:
         if node.op_type == "MatMul":
             matrix: Array = self._array(node.input[1])
             return matrix
-        values = _signed(self._array(node.input[1]))
+        values = self._array(node.input[1])
         columns = values.shape[1]
-        zero_points = self._array(node.input[3]) if len(node.input) > 3 else np.zeros(columns, np.int8)
+        zero_points = self._array(node.input[3]) if len(node.input) > 3 else np.zeros(columns, values.dtype)
         scales = np.asarray(self._scales(node), np.float32)
         return Quantized(
-            values,
+            _signed(values),
             np.ascontiguousarray(np.broadcast_to(scales.reshape(-1), columns)),
             np.ascontiguousarray(np.broadcast_to(_signed(zero_points).reshape(-1), columns)),
         )
@@ -124,7 +127,9 @@ class _Graph:
         for node in self._nodes:
             if node.op_type == "Softmax":
                 scores = self._producer[node.input[0]]
-                while scores.op_type in ("Add", "Where", "Mul", "Div"):
+                for _ in self._nodes:  # a damaged graph may hold a circle
+                    if scores.op_type not in ("Add", "Where", "Mul", "Div"):
+                        break
                     scores = next(p for name in scores.input if (p := self._producer.get(name)) is not None)
                 queries = self._producer[scores.input[0]]
                 scale = next((s for name in queries.input if (s := self._scalar(name)) is not None), None)
@@ -142,7 +147,9 @@ class _Graph:
         return self._source(name) in self._tensors
 
     def _source(self, name: str) -> str:
-        while name in self._producer and self._producer[name].op_type == "Identity":
+        for _ in self._nodes:  # a damaged graph may hold a circle
+            if name not in self._producer or self._producer[name].op_type != "Identity":
+                break
             name = self._producer[name].input[0]
         return name
 

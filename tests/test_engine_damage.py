@@ -1,0 +1,137 @@
+"""Damaged graphs end in a clear error or in a working engine; nothing crashes, nothing else is raised."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from bundled import BUNDLE, REPOSITORY
+from damage import DAMAGES, NAMES
+from onnx import numpy_helper
+
+from edge_asr.engine import published
+from edge_asr.engine.build import build_engine
+from edge_asr.engine.weights import UnknownGraphError, check
+from edge_asr.errors import BundleError, EngineError
+from edge_asr.recognizer.bundle import FP32, read_bundle
+from edge_asr.recognizer.model_config import ModelConfig
+
+KINDS = sorted(NAMES)
+OUTCOME = re.compile(r"(engine|BundleError|EngineError)<[^\n]+> (whole|BundleError|EngineError)<[^\n]*>")
+
+
+def outcomes(folder: Path, kind: str, first: int, count: int, damages: list[str]) -> list[str]:
+    """Let a child handle cases of each damage; return what it says of each."""
+    command = [sys.executable, "-W", "error", str(REPOSITORY / "tests" / "damage.py"), kind, str(folder)]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    child = subprocess.run(
+        [*command, str(first), str(count), *damages],
+        env=environment, capture_output=True, text=True, errors="replace", timeout=1_800, check=False,
+    )  # fmt: skip
+    cases = [line for line in child.stdout.splitlines() if line.startswith("case ")]
+    assert child.returncode == 0, f"ended with {child.returncode} at {cases[-1:]}: {child.stderr[-2000:]}"
+    said = [case.partition(": ")[2] for case in cases]
+    assert len(said) == count * len(damages)
+    for case, outcome in zip(cases, said, strict=True):
+        assert OUTCOME.fullmatch(outcome), case
+    return said
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_damaged_graphs_end_in_a_clear_error_or_a_working_engine(kind: str, tmp_path: Path) -> None:
+    said = outcomes(tmp_path, kind, 0, 1, list(DAMAGES))
+    assert any(outcome.startswith("engine<") for outcome in said), "damages of every kind are refused"
+    assert any(outcome.startswith("BundleError<") for outcome in said)
+    assert any(outcome.startswith("EngineError<") for outcome in said)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_damaged_graphs_end_in_a_clear_error_or_a_working_engine(kind: str, damage: str, tmp_path: Path) -> None:
+    outcomes(tmp_path, kind, 1, 25, [damage])
+
+
+def copied(folder: Path, change: Any) -> Path:
+    """Return a copy of the bundled model in fp32, its graph changed."""
+    folder.mkdir()
+    for name in ("am.mvn", "tokens.json", "config.yaml"):
+        shutil.copy(BUNDLE / name, folder)
+    model = onnx.load(str(BUNDLE / "model.onnx"))
+    change(model.graph)
+    onnx.save(model, str(folder / "model.onnx"))
+    return folder
+
+
+def swap_sign(graph: Any) -> None:
+    """The weights stay what they are, but the second block's output is taken off the stream."""
+    node = next(node for node in graph.node if node.name == "/encoder/encoders/encoders.1/Add")
+    node.op_type = "Sub"
+
+
+def triple_a_norm(graph: Any) -> None:
+    """What a norm divides is three times as large, behind the division."""
+    node = next(node for node in graph.node if node.name == "/encoder/encoders/encoders.0/norm1/Div")
+    graph.initializer.append(numpy_helper.from_array(np.float32(3), "three"))
+    tripled = onnx.helper.make_node("Mul", [node.output[0], "three"], ["tripled"], name="triple")
+    for other in graph.node:
+        for index, name in enumerate(other.input):
+            if name == node.output[0]:
+                other.input[index] = "tripled"
+    graph.node.insert(list(graph.node).index(node) + 1, tripled)
+
+
+@pytest.mark.parametrize("change", [swap_sign, triple_a_norm])
+def test_an_engine_that_answers_otherwise_than_the_published_graph_is_refused(change: Any, tmp_path: Path) -> None:
+    bundle = read_bundle(copied(tmp_path / "bundle", change))
+    published.read_graph(bundle.files[FP32], ModelConfig())  # nothing is wrong with the weights
+    with pytest.raises(EngineError, match=r"^[^\n]*model\.onnx: not a Paraformer that can be [^\n]*token"):
+        build_engine(bundle, FP32, tmp_path / "engine", threads=1)
+    assert list((tmp_path / "engine").iterdir()) == []
+
+
+def test_a_circle_of_names_ends(tmp_path: Path) -> None:
+    def circle(graph: Any) -> None:
+        pairs = (("a", "b"), ("b", "a"))
+        graph.node.extend(onnx.helper.make_node("Identity", [source], [name]) for source, name in pairs)
+        next(node for node in graph.node if node.op_type == "MatMul").input[1] = "a"
+
+    bundle = read_bundle(copied(tmp_path / "bundle", circle))
+    with pytest.raises(UnknownGraphError, match=r"no encoder\.encoders0\.0\.self_attn\.linear_q_k_v"):
+        read_and_check(bundle.graph)
+
+
+def test_a_circle_behind_the_softmax_ends(tmp_path: Path) -> None:
+    def circle(graph: Any) -> None:
+        node = next(node for node in graph.node if node.op_type == "Softmax")
+        scores = next(other for other in graph.node if other.output[0] == node.input[0])
+        scores.op_type = "Add"
+        for index in range(len(scores.input)):
+            scores.input[index] = scores.output[0]
+
+    bundle = read_bundle(copied(tmp_path / "bundle", circle))
+    with pytest.raises(BundleError, match="not acyclic"):
+        build_engine(bundle, FP32, tmp_path / "engine", threads=1)
+
+
+def test_weights_in_a_file_that_is_missing_are_a_damaged_bundle(tmp_path: Path) -> None:
+    def elsewhere(graph: Any) -> None:
+        onnx.external_data_helper.set_external_data(graph.initializer[0], location="weights.bin", offset=0, length=8)
+        graph.initializer[0].ClearField("raw_data")
+
+    bundle = read_bundle(copied(tmp_path / "bundle", elsewhere))
+    with pytest.raises(BundleError, match=r"^[^\n]*model\.onnx: damaged[^\n]*$"):
+        build_engine(bundle, FP32, tmp_path / "engine", threads=1)
+
+
+def read_and_check(graph: Path) -> None:
+    weights, _ = published.read_graph(graph, ModelConfig())
+    check(weights)
