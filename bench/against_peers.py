@@ -28,9 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script finds i
 from bench import report
 from bench.contestants import CONTESTANTS, Samples
 from bench.measure import Bench, Entry, OutError, Tick, enter, turns, write_sounds
-from bench.results import LeftOut, Results
+from bench.results import OURS, OURS_FP32, LeftOut, Results
 from edge_asr.errors import AudioError, EdgeAsrError
-from edge_asr.recognizer.bundle import Bundle, read_bundle
+from edge_asr.recognizer.bundle import FP32, INT8, Bundle, read_bundle
 from edge_asr.recognizer.manifest import this_machine
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,6 +52,9 @@ def _run(options: argparse.Namespace, bundle: Bundle) -> None:
     circumstances = _circumstances(options, bundle)
     names = [f"{project} {precision}" for project, precision in CONTESTANTS]
     results = Results(names, options.threads, options.seconds)
+    for ours, kind in ((OURS, INT8), (OURS_FP32, FP32)):
+        if kind in bundle.files:
+            results.graph_mb[ours] = bundle.files[kind].stat().st_size / 1e6
     with tempfile.TemporaryDirectory(prefix="edge_asr-bench-") as folder:
         work = Path(folder)
         sounds = write_sounds(options.seconds, _sound(options.audio), work)
