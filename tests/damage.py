@@ -35,7 +35,7 @@ def main() -> None:
     path, engine = Path(folder) / NAMES[kind], Path(folder) / "engine"
     for damage in damages:
         for number in range(int(first), int(first) + int(count)):
-            say(f"\ncase {kind} {damage} {number}: ")
+            say(f"\ncase {kind} {damage} {number}\n")
             path.write_bytes(DAMAGES[damage](original, random.Random(f"{damage} {number}")))
             say(f"{build(bundle(), kind, engine)} {run_whole(bundle())}\n")
 

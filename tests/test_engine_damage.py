@@ -36,16 +36,17 @@ def outcomes(folder: Path, kind: str, first: int, count: int, damages: list[str]
         [*command, str(first), str(count), *damages],
         env=environment, capture_output=True, text=True, errors="replace", timeout=1_800, check=False,
     )  # fmt: skip
-    cases = [line for line in child.stdout.splitlines() if line.startswith("case ")]
+    cases = child.stdout.split("\ncase ")[1:]
     assert child.returncode == 0, f"ended with {child.returncode} at {cases[-1:]}: {child.stderr[-2000:]}"
-    said = [case.partition(": ")[2] for case in cases]
-    assert len(said) == count * len(damages)
+    assert len(cases) == count * len(damages)
+    # onnxruntime may print before the last line where a name is no text.
+    said = [case.splitlines()[-1] for case in cases]
     for case, outcome in zip(cases, said, strict=True):
         assert OUTCOME.fullmatch(outcome), case
     return said
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["onnx-int8", pytest.param("onnx-fp32", marks=pytest.mark.slow)])
 def test_damaged_graphs_end_in_a_clear_error_or_a_working_engine(kind: str, tmp_path: Path) -> None:
     said = outcomes(tmp_path, kind, 0, 1, list(DAMAGES))
     assert any(outcome.startswith("engine<") for outcome in said), "damages of every kind are refused"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import gc
 import logging
+import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ from edge_asr.errors import EngineError
 from edge_asr.recognizer.bundle import CHECKPOINT, FP32, INT8, Bundle
 from edge_asr.recognizer.manifest import (
     Manifest,
+    Source,
     describe_file,
     describe_source,
     this_machine,
@@ -58,6 +61,8 @@ class _Candidate:
 
     engine: str
     source: Path
+    described: Source
+    """The source as it was before it was read: if it changes meanwhile, the engine does not fit it."""
     encoder: tuple[Path, Path]
     """The graph, and the file of its constants."""
     decoder: tuple[Path, Path]
@@ -98,7 +103,8 @@ def _build(bundle: Bundle, target: str, out: Path, folder: Path, threads: int, p
                 times[engine] = round(trial.time_ms(recognizer), 1)
     chosen, why = _choose(target, times)
     progress("done", 1.0)
-    return _install(bundle, target, candidates[chosen], out, why, times)
+    with _alone(out):
+        return _install(bundle, target, candidates[chosen], out, why, times)
 
 
 class _Steps:
@@ -116,6 +122,7 @@ def _write(bundle: Bundle, engine: str, folder: Path, signed: bool, steps: _Step
     kind = next(kind for kind in SOURCES[engine] if kind in bundle.files)
     source = bundle.files[kind]
     steps(f"reading {source.name}", 0.0)
+    described = describe_source(source)
     weights, metadata = _read(bundle, kind, source)
     if engine == INT8 and not weights.quantized:
         steps("quantising", 0.25)
@@ -129,7 +136,7 @@ def _write(bundle: Bundle, engine: str, folder: Path, signed: bool, steps: _Step
     decoder = decoder_graph(weights, signed).write(folder, "decoder")
     del weights
     gc.collect()  # what follows loads the networks: the weights must be gone by then
-    return _Candidate(engine, source, encoder, decoder)
+    return _Candidate(engine, source, described, encoder, decoder)
 
 
 def _read(bundle: Bundle, kind: str, path: Path) -> tuple[Weights, Mapping[str, str]]:
@@ -192,6 +199,18 @@ def _choose(target: str, times: Mapping[str, float]) -> tuple[str, str]:
     return chosen, f"{measured}; int8 is taken from {WORTH_IT:g} times faster on, here it is {gain:.1f} times"
 
 
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait until no other build moves files into the folder, or clears them away: it would take ours with its old."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # not every file system can
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
 def _install(
     bundle: Bundle, target: str, candidate: _Candidate, out: Path, why: str, times: Mapping[str, float]
 ) -> Manifest:
@@ -202,7 +221,7 @@ def _install(
         asked=target,
         why=why,
         model=bundle.name,
-        source=describe_source(candidate.source),
+        source=candidate.described,
         encoder=candidate.encoder[0].name,
         decoder=candidate.decoder[0].name,
         files={path.name: describe_file(path) for path in files},
