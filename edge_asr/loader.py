@@ -93,10 +93,13 @@ def _build(bundle: Bundle, folder: Path, config: EngineConfig) -> None:
     command += ["--target", config.target, "-o", f"engine.threads={config.threads}"]
     # Whoever sits at a terminal sees the progress; otherwise only what went wrong is of interest.
     watched = sys.stderr is not None and sys.stderr.isatty()
-    done = subprocess.run(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=None if watched else subprocess.PIPE,
-        text=True, errors="replace", check=False,
-    )  # fmt: skip
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=None if watched else subprocess.PIPE,
+            text=True, errors="replace", check=False,
+        )  # fmt: skip
+    except OSError as error:
+        raise EngineError(f"build-engine cannot be started ({error})") from error
     if done.returncode:
         said = (done.stderr or "").strip().splitlines()
         raise EngineError(said[-1].removeprefix("edge-asr: ") if said else f"build-engine ended with {done.returncode}")

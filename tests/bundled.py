@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import os
 import sys
@@ -51,6 +52,7 @@ def bundle_of(engine: str) -> Bundle:
     return dataclasses.replace(bundle, files={engine: bundle.files[engine]})
 
 
+@functools.cache
 def engine_of(engine: str) -> Path:
     """Return the folder of the bundled model's engine, built once in a run of the tests."""
     folder = Path(os.environ["XDG_DATA_HOME"]) / "engines of the tests" / engine

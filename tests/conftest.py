@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +26,16 @@ def state_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         bundle = read_bundle(BUNDLE)
         build_engine(bundle, FP32, engine_folder(bundle, folder / "edge_asr"), threads=1)
         yield folder / "edge_asr"
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """Undo what a command that ran in this process set up: its stream is gone after the test."""
+    yield
+    root = logging.getLogger()
+    for handler in [handler for handler in root.handlers if type(handler) is logging.StreamHandler]:
+        root.removeHandler(handler)
+    root.setLevel(logging.WARNING)
 
 
 @pytest.fixture(scope="session")

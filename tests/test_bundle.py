@@ -113,6 +113,28 @@ def test_of_every_published_layout_either_engine_is_built_and_recognises(
     assert recognizer.recognize(sound_of("01.wav")).text == transcripts()["01.wav"]
 
 
+@pytest.mark.parametrize(("name", "kind"), [("model.onnx", "onnx-fp32"), ("model_quant.onnx", "onnx-int8")])
+@pytest.mark.parametrize("called", ["model.onnx", "model_quant.onnx", "model.int8.onnx"])
+def test_a_graph_says_itself_what_it_is_whatever_it_is_called(folder: Path, name: str, kind: str, called: str) -> None:
+    for graph in folder.glob("*.onnx"):
+        graph.unlink()
+    shutil.copy(BUNDLE / name, folder / called)
+    bundle = read_bundle(folder)
+    assert bundle.files == {kind: folder / called}
+    assert (bundle.kind, bundle.graph) == (kind, folder / called)
+
+
+@pytest.mark.parametrize("called", ["model.pt", "model.pb"])
+def test_a_checkpoint_is_taken_where_there_is_no_graph(folder: Path, called: str) -> None:
+    (folder / called).touch()
+    assert read_bundle(folder).kind == "onnx-fp32"
+    assert set(read_bundle(folder).files) == {"onnx-fp32", "onnx-int8", "checkpoint"}
+    for graph in folder.glob("*.onnx"):
+        graph.unlink()
+    bundle = read_bundle(folder)
+    assert (bundle.kind, bundle.graph) == ("checkpoint", folder / called)
+
+
 def test_metadata_and_am_mvn_hold_the_same_normalisation(folder: Path) -> None:
     with_file = open_bundle(folder)
     as_sherpa(folder)
@@ -214,7 +236,23 @@ def test_a_file_is_no_bundle(folder: Path) -> None:
 def test_a_folder_without_a_graph_is_refused(folder: Path) -> None:
     for graph in folder.glob("*.onnx"):
         graph.unlink()
-    refused(folder, str(folder), "model.onnx, model_quant.onnx, model.int8.onnx", "copy the bundle again")
+    refused(folder, str(folder), "model.onnx, model_quant.onnx, model.int8.onnx, model.pt", "copy the bundle again")
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("model_eb.onnx", "an export with hot words"),
+        ("encoder.onnx", "a streaming Paraformer"),
+        ("encoder.int8.onnx", "a streaming Paraformer"),
+    ],
+)
+@pytest.mark.parametrize("others", [True, False], ids=["beside a graph", "alone"])
+def test_a_bundle_that_looks_like_ours_and_is_not_is_refused(folder: Path, name: str, why: str, others: bool) -> None:
+    (folder / "model.onnx").rename(folder / name)
+    if not others:
+        (folder / "model_quant.onnx").unlink()
+    refused(folder, str(folder), name, why, "use")
 
 
 def test_a_folder_without_tokens_is_refused(folder: Path) -> None:

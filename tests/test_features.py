@@ -1,11 +1,12 @@
-"""Features against an own implementation of kaldi's filterbank and a slow one of the stacking."""
+"""Features against kaldi-native-fbank, an own implementation of kaldi's filterbank, and a slow one of the stacking."""
 
 from __future__ import annotations
 
+import kaldi_native_fbank as knf
 import numpy as np
 import numpy.typing as npt
 import pytest
-from bundled import sound_of
+from bundled import sound_of, transcripts
 
 from edge_asr.recognizer.features import BINS, WIDTH, FeatureExtractor, Features, stack_frames
 from edge_asr.types import SAMPLE_RATE, Samples
@@ -15,6 +16,7 @@ Float64 = npt.NDArray[np.float64]
 FRAME, SHIFT, FFT = 400, 160, 512
 TOLERANCE = 2e-3
 """In natural log: kaldi computes in float32. Frames of digital silence excepted, whose energy is rounding."""
+NATIVE = 2e-3
 ZEROS, ONES = np.zeros(WIDTH, np.float32), np.ones(WIDTH, np.float32)
 
 
@@ -95,6 +97,68 @@ def test_only_whole_frames_count(samples: int, frames: int) -> None:
 def test_samples_may_be_a_view_with_gaps() -> None:
     stereo = noise(32_000).reshape(-1, 2)
     np.testing.assert_array_equal(frames_of(stereo[:, 0]), frames_of(stereo[:, 0].copy()))
+
+
+# kaldi-native-fbank computes in float32 as well, in another order
+
+
+def native_filterbank(samples: Samples) -> Features:
+    """Return `[frames, 80]` of kaldi-native-fbank."""
+    options = knf.FbankOptions()
+    frame = options.frame_opts
+    frame.samp_freq, frame.frame_length_ms, frame.frame_shift_ms = SAMPLE_RATE, 25.0, 10.0
+    frame.window_type, frame.snip_edges, frame.dither = "hamming", True, 0.0
+    options.mel_opts.num_bins = BINS
+    options.energy_floor = 0.0
+    bank = knf.OnlineFbank(options)
+    bank.accept_waveform(SAMPLE_RATE, (samples * np.float32(32768)).tolist())
+    bank.input_finished()
+    return np.array([bank.get_frame(index) for index in range(bank.num_frames_ready)], np.float32).reshape(-1, BINS)
+
+
+def mixed(samples: int) -> Samples:
+    """Return loud noise, digital silence, soft noise, in turns."""
+    levels = np.repeat(np.array([0.5, 0.0, 1e-4, 0.0, 0.02], np.float32), -(-samples // 5))[:samples]
+    return noise(samples, 1.0) * levels
+
+
+@pytest.mark.parametrize("name", transcripts())
+def test_the_filterbank_of_every_bundled_recording_is_that_of_kaldi_native_fbank(name: str) -> None:
+    samples = sound_of(name)
+    np.testing.assert_allclose(frames_of(samples), native_filterbank(samples), atol=NATIVE)
+
+
+@pytest.mark.parametrize(
+    "samples",
+    [
+        *(noise(count) for count in (400, 401, 559, 560, 400 + 59 * 160, 400 + 60 * 160, 400 + 61 * 160, 480_000)),
+        noise(16_000, 1.0).clip(-1, 1),
+        noise(16_000, 1e-3),
+        noise(16_000, 3e-5),
+        np.round(noise(16_000, 3e-5) * np.float32(32768)) / np.float32(32768),
+        noise(16_000, 0.01) + np.float32(0.9),
+        chirp(),
+        mixed(16_000),
+        np.zeros(16_000, np.float32),
+        np.full(16_000, 0.25, np.float32),
+    ],
+    ids=[
+        "a frame", "a frame and a sample", "just a frame", "two frames", "a block", "a block and a frame",
+        "a block and two frames", "30 s", "clipped", "soft", "hardly any", "one bit", "on a large constant",
+        "chirp", "sound and silence", "digital silence", "a constant",
+    ],
+)  # fmt: skip
+def test_the_filterbank_is_that_of_kaldi_native_fbank(samples: Samples) -> None:
+    np.testing.assert_allclose(frames_of(samples), native_filterbank(samples), atol=NATIVE)
+
+
+@pytest.mark.parametrize("level", [1e-2, 1e-3])
+def test_softly_on_a_large_constant_it_is_as_exact_as_kaldi_native_fbank(level: float) -> None:
+    """What is soft beside a constant has lost digits before it comes to us: neither has them."""
+    samples = noise(16_000, level) - np.float32(0.5)
+    exact = kaldi_filterbank(samples)
+    ours, native = (np.abs(frames - exact).max() for frames in (frames_of(samples), native_filterbank(samples)))
+    assert ours <= max(native, NATIVE)
 
 
 # Stacking

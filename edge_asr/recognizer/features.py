@@ -30,8 +30,8 @@ FULL_SCALE = np.float32(32768)
 """Kaldi counts in 16-bit units."""
 FLOOR = np.finfo(np.float32).eps
 BLOCK = 40
-"""Frames transformed at a time. What more of them need passes 128 KiB, where malloc asks the kernel for fresh pages each
-time, which costs more than the transform."""
+"""Frames transformed at a time. What more of them need passes 128 KiB, where malloc asks the kernel for fresh pages
+each time, which costs more than the transform."""
 PRODUCT = 12
 """Frames in a product of matrices: for more, OpenBLAS wakes threads of its own, which spin beside onnxruntime's."""
 

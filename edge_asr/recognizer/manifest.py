@@ -77,7 +77,7 @@ def read_manifest(folder: Path) -> Manifest | None:
         return Manifest(**{**loaded, **parts, "files": files})
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise EngineError(f"{path}: not a manifest ({error}); {REMEDY}") from error
 
 

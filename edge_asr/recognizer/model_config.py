@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,12 +99,23 @@ def _check(path: Path, sections: Mapping[str, Any]) -> None:
 def _numbers(sections: Mapping[str, Any]) -> ModelConfig:
     usual = ModelConfig()
     predictor = sections.get("predictor_conf", {})
+    heads = sections.get("encoder_conf", {}).get("attention_heads", usual.heads)
+    if not isinstance(heads, int) or heads < 1:
+        raise ValueError(f"attention_heads is {heads}")
     return ModelConfig(
-        heads=int(sections.get("encoder_conf", {}).get("attention_heads", usual.heads)),
-        tail=float(predictor.get("tail_threshold", usual.tail)),
-        smooth_factor=float(predictor.get("smooth_factor", usual.smooth_factor)),
-        noise_threshold=float(predictor.get("noise_threshold", usual.noise_threshold)),
+        heads=heads,
+        tail=_share(predictor, "tail_threshold", usual.tail),
+        smooth_factor=_share(predictor, "smooth_factor", usual.smooth_factor),
+        noise_threshold=_share(predictor, "noise_threshold", usual.noise_threshold),
     )
+
+
+def _share(settings: Mapping[str, Any], key: str, usual: float) -> float:
+    """Return a number that is finite and not negative. Raises ValueError."""
+    value = float(settings.get(key, usual))
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{key} is {value}")
+    return value
 
 
 def _unfit(path: Path, key: str, value: Any, known: tuple[Any, ...]) -> BundleError:

@@ -1,0 +1,479 @@
+"""From a bundle to a recogniser: engines are built when they must be, and only then; what has none runs whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from bundled import BUNDLE, engine_of, recording, sound_of, transcripts
+
+from edge_asr import cli, loader
+from edge_asr.catalogue import CATALOGUE
+from edge_asr.config import EngineConfig
+from edge_asr.errors import BundleError, EngineError
+from edge_asr.loader import Recognizer, engine_folder, existing, load_engine, load_recognizer
+from edge_asr.recognizer.bundle import FP32, INT8, Bundle, read_bundle
+from edge_asr.recognizer.manifest import FILE, describe_source, read_manifest, write_manifest
+from edge_asr.recognizer.paraformer import Paraformer
+from edge_asr.recognizer.whole import WholeParaformer
+
+NAME = "01.wav"
+WHOLE = "no engine, its graph runs whole, slower and without times of tokens: "
+Load = Callable[..., Recognizer]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A copy of the bundled model."""
+    copy = tmp_path / "a-model"
+    shutil.copytree(BUNDLE, copy, ignore=shutil.ignore_patterns("samples", "README.md"))
+    return copy
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Path:
+    """A state folder that does not exist yet."""
+    return tmp_path / "state"
+
+
+@pytest.fixture
+def load(folder: Path, state: Path) -> Load:
+    """Return what loads the copied bundle: `load(target=...)`. In fp32 unless told, for auto takes a while."""
+
+    def run(target: str = FP32, **keys: Any) -> Recognizer:
+        config = EngineConfig.model_validate({"target": target, "threads": 1, **keys})
+        return load_recognizer(read_bundle(folder), config, state)
+
+    return run
+
+
+@pytest.fixture
+def built(folder: Path, state: Path) -> Path:
+    """The folder of the copied bundle's engine, which is there already."""
+    place = engine_folder(read_bundle(folder), state)
+    shutil.copytree(engine_of(FP32), place)
+    return place
+
+
+@pytest.fixture
+def builds(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Where engines are built; what is built comes ready-made, for a real build takes a second."""
+    folders: list[Path] = []
+
+    def build(bundle: Bundle, folder: Path, config: EngineConfig) -> None:
+        folders.append(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(engine_of(config.target), folder)
+        manifest = read_manifest(folder)
+        assert manifest is not None
+        write_manifest(folder, dataclasses.replace(manifest, source=describe_source(bundle.graph)))
+
+    monkeypatch.setattr(loader, "_build", build)
+    return folders
+
+
+@pytest.fixture
+def children(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The commands of all children, which run all the same."""
+    commands: list[list[str]] = []
+    run = subprocess.run
+
+    def counted(command: list[str], **keys: Any) -> subprocess.CompletedProcess[Any]:
+        commands.append(command)
+        return run(command, **keys)
+
+    monkeypatch.setattr(subprocess, "run", counted)
+    return commands
+
+
+def check(recognizer: Recognizer, kind: type[Recognizer], engine: str = FP32) -> None:
+    """Assert that a recogniser is of a kind, and recognises."""
+    assert type(recognizer) is kind
+    assert recognizer.engine == engine
+    assert recognizer.recognize(sound_of(NAME)).text == transcripts()[NAME]
+    recognizer.close()
+
+
+def edit(folder: Path, **keys: Any) -> None:
+    """Change keys of a manifest."""
+    content = json.loads((folder / FILE).read_text(encoding="utf-8"))
+    (folder / FILE).write_text(json.dumps({**content, **keys}), encoding="utf-8")
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+# Built once
+
+
+def test_an_engine_is_built_once_by_a_child_and_used_from_then_on(
+    load: Load, folder: Path, state: Path, children: list[list[str]], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    check(load(), Paraformer)
+    place = engine_folder(read_bundle(folder), state)
+    [command] = children
+    assert command[1:4] == ["-m", "edge_asr", "build-engine"]
+    assert caplog.messages == [f"building the engine of a-model, once for this machine, in {place}"]
+    before = {path: path.stat().st_mtime_ns for path in place.iterdir()}
+    manifest = read_manifest(place)
+    assert manifest is not None
+    assert {path.name for path in before} == {FILE, *manifest.files}
+    check(load(), Paraformer)
+    check(load("auto"), Paraformer)
+    assert len(children) == 1
+    assert {path: path.stat().st_mtime_ns for path in place.iterdir()} == before
+    assert len(caplog.messages) == 1
+
+
+def test_the_child_takes_a_folder_for_no_name_of_the_catalogue(
+    folder: Path, tmp_path: Path, children: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = next(name for name in CATALOGUE if not (BUNDLE.parent / name).exists())
+    folder.rename(tmp_path / name)
+    bundle = read_bundle(Path(name))
+    check(load_recognizer(bundle, EngineConfig(target="onnx-fp32", threads=1), Path("state")), Paraformer)
+    assert len(children) == 1
+    assert existing(bundle, engine_folder(bundle, tmp_path / "state"), FP32) is not None
+
+
+def test_bundles_of_one_name_have_engines_of_their_own(folder: Path, tmp_path: Path, state: Path) -> None:
+    shutil.copytree(folder, tmp_path / "other" / "a-model")
+    places = [engine_folder(read_bundle(path), state) for path in (folder, tmp_path / "other" / "a-model")]
+    assert places[0] != places[1]
+    assert {place.parent for place in places} == {state / "engines"}
+    (tmp_path / "link").symlink_to(folder)
+    assert engine_folder(dataclasses.replace(read_bundle(tmp_path / "link"), name="a-model"), state) == places[0]
+
+
+# Built again, or not
+
+
+def touch(folder: Path, engine: Path) -> None:
+    (folder / "model.onnx").touch()
+
+
+def copy_again(folder: Path, engine: Path) -> None:
+    shutil.copy(BUNDLE / "model.onnx", folder / "model.onnx")
+
+
+def change_the_card(folder: Path, engine: Path) -> None:
+    (folder / "card.yaml").write_text("gates: {min_confidence: 0.1}\n")
+
+
+def add_a_stray(folder: Path, engine: Path) -> None:
+    (engine / "stray.txt").touch()
+
+
+@pytest.mark.parametrize("change", [touch, copy_again, change_the_card, add_a_stray])
+def test_an_engine_that_still_fits_is_not_built_again(
+    load: Load, folder: Path, built: Path, builds: list[Path], change: Callable[[Path, Path], None]
+) -> None:
+    change(folder, built)
+    check(load(), Paraformer)
+    assert builds == []
+
+
+def change_the_graph(folder: Path, engine: Path) -> None:
+    model = onnx.load(str(folder / "model.onnx"))
+    model.doc_string = "another"
+    onnx.save(model, str(folder / "model.onnx"))
+
+
+def another_machine(folder: Path, engine: Path) -> None:
+    edit(engine, machine="aarch64, another")
+
+
+def another_schema(folder: Path, engine: Path) -> None:
+    edit(engine, schema="edge_asr.engine/0")
+
+
+def another_target(folder: Path, engine: Path) -> None:
+    edit(engine, engine=INT8)
+
+
+def no_manifest(folder: Path, engine: Path) -> None:
+    (engine / FILE).unlink()
+
+
+def a_damaged_manifest(folder: Path, engine: Path) -> None:
+    (engine / FILE).write_text("{")
+
+
+def a_flipped_bit(folder: Path, engine: Path) -> None:
+    flip_a_bit(max(engine.glob("encoder*"), key=lambda path: path.stat().st_size))
+
+
+def a_cut_network(folder: Path, engine: Path) -> None:
+    path = next(engine.glob("decoder*.onnx"))
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def no_network(folder: Path, engine: Path) -> None:
+    next(engine.glob("decoder*.onnx")).unlink()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        change_the_graph, another_machine, another_schema, another_target, no_manifest, a_damaged_manifest,
+        a_flipped_bit, a_cut_network, no_network,
+    ],
+)  # fmt: skip
+def test_an_engine_that_is_stale_or_damaged_is_built_again(
+    load: Load,
+    folder: Path,
+    built: Path,
+    builds: list[Path],
+    change: Callable[[Path, Path], None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    change(folder, built)
+    check(load(), Paraformer)
+    assert builds == [built]
+    check(load(), Paraformer)
+    assert builds == [built]
+    assert caplog.messages == [], "that is nobody's concern"
+
+
+def test_another_target_builds_another_engine(load: Load, built: Path, builds: list[Path]) -> None:
+    check(load(INT8), Paraformer, INT8)
+    assert builds == [built]
+    check(load("auto"), Paraformer, INT8)
+    assert builds == [built], "auto takes what is there"
+
+
+def test_an_engine_is_built_of_what_is_left_of_the_bundle(
+    load: Load, folder: Path, built: Path, builds: list[Path]
+) -> None:
+    (folder / "model.onnx").unlink()
+    check(load(), Paraformer)
+    assert builds == [built]
+
+
+def test_a_wrong_token_list_is_the_bundles_fault_whatever_the_engine(
+    load: Load, folder: Path, built: Path, builds: list[Path]
+) -> None:
+    tokens = json.loads((folder / "tokens.json").read_text(encoding="utf-8"))
+    (folder / "tokens.json").write_text(json.dumps(tokens[:-1]))
+    with pytest.raises(BundleError, match="copy it again"):
+        load()
+    assert builds == []
+
+
+# engine.dir
+
+
+def test_an_engine_that_was_built_elsewhere_is_used_where_it_is(
+    load: Load, tmp_path: Path, state: Path, builds: list[Path]
+) -> None:
+    check(load("auto", dir=engine_of(FP32)), Paraformer)
+    assert not state.exists()
+    assert builds == []
+
+
+def test_the_engine_option_of_transcribe_names_it(
+    tmp_path: Path, state: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["transcribe", "--json", "--model", str(BUNDLE), "--engine", str(engine_of(INT8))]
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*arguments, str(recording(NAME)), "-o", f"state_dir={state}"])
+    out, err = capfd.readouterr()
+    assert (ended.value.code, err) == (0, "")
+    assert json.loads(out)["engine"] == INT8
+    assert not state.exists()
+
+
+def test_a_folder_without_an_engine_is_refused_with_the_remedy(
+    load: Load, folder: Path, tmp_path: Path, builds: list[Path]
+) -> None:
+    place = tmp_path / "nothing here"
+    with pytest.raises(EngineError) as caught:
+        load(dir=place)
+    assert str(caught.value) == (f"{place}: holds no engine; run edge-asr build-engine --model {folder} --out {place}")
+    assert caught.value.exit_code == 3
+    assert builds == []
+    assert not place.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (change_the_graph, "does not fit: .*model.onnx has changed since"),
+        (another_machine, "does not fit: it was built for aarch64, another, this is "),
+        (another_target, "does not fit: it is onnx-int8, onnx-fp32 is wanted"),
+        (another_schema, "another version of edge_asr"),
+        (a_damaged_manifest, "not a manifest"),
+        (a_flipped_bit, "damaged"),
+        (a_cut_network, "damaged"),
+        (no_network, "cannot be read"),
+    ],
+)
+def test_an_engine_that_was_named_and_does_not_fit_is_refused_not_replaced(
+    load: Load, folder: Path, built: Path, builds: list[Path], change: Callable[[Path, Path], None], reason: str
+) -> None:
+    change(folder, built)
+    before = {path: path.read_bytes() for path in built.iterdir()}
+    with pytest.raises(EngineError, match=f"{reason}.*; run edge-asr build-engine") as caught:
+        load(dir=built)
+    line = str(caught.value)
+    assert line.startswith(str(built))
+    assert "\n" not in line
+    assert caught.value.exit_code == 3
+    assert builds == []
+    assert {path: path.read_bytes() for path in built.iterdir()} == before
+
+
+def test_of_an_engine_that_does_not_fit_transcribe_says_a_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["transcribe", "-o", f"engine.dir={tmp_path}", str(recording(NAME))])
+    out, err = capfd.readouterr()
+    assert (ended.value.code, out) == (3, "")
+    assert err == (
+        f"edge-asr: {tmp_path}: holds no engine; run edge-asr build-engine --model {BUNDLE} --out {tmp_path}\n"
+    )
+
+
+# What runs whole
+
+
+def warned(caplog: pytest.LogCaptureFixture) -> str:
+    """Return the one warning's reason, which is a line."""
+    [record] = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    name, _, reason = record.getMessage().partition(f": {WHOLE}")
+    assert name == "a-model"
+    assert reason
+    assert "\n" not in reason
+    return reason
+
+
+def test_where_no_engine_can_be_written_the_graph_runs_whole(
+    load: Load, state: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state.write_text("in the way")
+    check(load(), WholeParaformer)
+    reason = warned(caplog)
+    assert reason.startswith(f"{state / 'engines'}")
+    assert "cannot write the engine there" in reason
+
+
+def test_without_onnx_the_graph_runs_whole(
+    load: Load, tmp_path: Path, state: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden = tmp_path / "hidden" / "onnx"
+    hidden.mkdir(parents=True)
+    (hidden / "__init__.py").write_text("raise ModuleNotFoundError(\"No module named 'onnx'\", name='onnx')\n")
+    monkeypatch.setenv("PYTHONPATH", str(hidden.parent))
+    check(load(), WholeParaformer)
+    assert warned(caplog) == "an engine cannot be built without onnx: pip install 'edge-asr[cpu]'"
+    assert not list(state.rglob("*.onnx"))
+
+
+def rename_everything(path: Path) -> None:
+    """Give nodes and weights names that tell nothing."""
+    model = onnx.load(str(path))
+    names = {tensor.name: f"tensor_{number}" for number, tensor in enumerate(model.graph.initializer)}
+    names |= {
+        output: f"value_{number}_{k}"
+        for number, node in enumerate(model.graph.node)
+        for k, output in enumerate(node.output)
+        if output not in {result.name for result in model.graph.output}
+    }
+    for tensor in model.graph.initializer:
+        tensor.name = names[tensor.name]
+    _rename_nodes(model.graph, names)
+    del model.graph.value_info[:]
+    onnx.save(model, str(path))
+
+
+def _rename_nodes(graph: onnx.GraphProto, names: dict[str, str]) -> None:
+    for node in graph.node:
+        node.name = ""
+        node.input[:] = [names.get(name, name) for name in node.input]
+        node.output[:] = [names.get(name, name) for name in node.output]
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                _rename_nodes(attribute.g, names)
+    for output in graph.output:
+        output.name = names.get(output.name, output.name)
+
+
+def test_a_graph_that_is_not_recognised_runs_whole(
+    load: Load, folder: Path, state: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rename_everything(folder / "model.onnx")
+    check(load(), WholeParaformer)
+    reason = warned(caplog)
+    assert reason.startswith(f"{folder / 'model.onnx'}: not a Paraformer that can be taken apart (")
+    assert not list(state.rglob("*.onnx"))
+
+
+def test_a_graph_that_is_not_recognised_has_tokens_without_times(load: Load, folder: Path) -> None:
+    rename_everything(folder / "model.onnx")
+    tokens = load().recognize(sound_of(NAME)).tokens
+    assert [token.text for token in tokens] == list(transcripts()[NAME])
+    assert {(token.start_ms, token.end_ms) for token in tokens} == {(None, None)}
+
+
+def test_a_damaged_bundle_is_an_error_without_a_warning(
+    load: Load, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    graph = folder / "model.onnx"
+    graph.write_bytes(graph.read_bytes()[:1_000_000])
+    with pytest.raises(BundleError, match=r"model\.onnx: .*copy the bundle again"):
+        load()
+    assert caplog.messages == []
+
+
+def test_a_checkpoint_that_cannot_be_built_is_an_error(
+    load: Load, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for graph in folder.glob("*.onnx"):
+        graph.unlink()
+    (folder / "model.pt").write_bytes(b"no checkpoint")
+    with pytest.raises(EngineError, match=r"model\.pt: ") as caught:
+        load()
+    assert "\n" not in str(caught.value)
+    assert caplog.messages == [], "there is nothing that could run whole"
+
+
+def test_a_child_that_says_nothing_is_named_by_its_exit_code(
+    load: Load, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    check(load(), WholeParaformer)
+    assert warned(caplog) == "build-engine ended with 1"
+
+
+def test_a_child_that_cannot_be_started_leaves_the_graph_whole(
+    load: Load, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    check(load(), WholeParaformer)
+    assert warned(caplog).startswith("build-engine cannot be started (")
+
+
+def test_both_ways_say_the_same(folder: Path, built: Path) -> None:
+    bundle = read_bundle(folder)
+    engine, whole = load_engine(bundle, built, EngineConfig(threads=1)), loader.load_whole(bundle, 1)
+    for name in transcripts():
+        found, expected = engine.recognize(sound_of(name)), whole.recognize(sound_of(name))
+        assert found.text == expected.text
+        ours, theirs = ([token.confidence for token in one.tokens] for one in (found, expected))
+        np.testing.assert_allclose(ours, theirs, atol=1e-3)
