@@ -146,6 +146,43 @@ def test_progress_rises_to_the_end(tmp_path: Path) -> None:
     assert any("comparing" in step for step, _ in seen)
 
 
+IDS = [np.arange(10) + 3, np.arange(20) + 3, np.zeros(0, np.int64)]
+
+
+def other_ids(changed: int, count: int = 0) -> list[Any]:
+    """Return the answers above with so many other tokens, and so many more, in the second."""
+    ids = np.concatenate([IDS[1], np.full(count, 3)])
+    ids[:changed] += 100
+    return [IDS[0], ids, IDS[2]]
+
+
+@pytest.mark.parametrize(
+    ("ours", "exact", "why"),
+    [
+        (other_ids(0), True, None),
+        (other_ids(1), True, "only 29 of 30 tokens are the same"),
+        (other_ids(0, 1), True, "it finds 20 tokens where ours finds 21"),
+        (other_ids(12), False, None),
+        (other_ids(13), False, "only 17 of 30 tokens are the same"),
+        (other_ids(0, 1), False, None),
+        (other_ids(0, 2), False, "it finds 20 tokens where ours finds 22"),
+        ([None, *IDS[1:]], False, "ours fails where it does not"),
+    ],
+)
+def test_answers_that_differ_too_much_are_refused(ours: list[Any], exact: bool, why: str | None) -> None:
+    if why is None:
+        trial.compare(ours, IDS, exact)
+        return
+    with pytest.raises(UnknownGraphError, match=f"^{why}$"):
+        trial.compare(ours, IDS, exact)
+
+
+def test_where_the_published_graph_fails_the_other_sounds_count() -> None:
+    trial.compare(IDS, [None, *IDS[1:]], exact=True)
+    with pytest.raises(UnknownGraphError, match="it fails on every sound"):
+        trial.compare(IDS, [None] * 3, exact=True)
+
+
 # In one step
 
 

@@ -21,7 +21,7 @@ from edge_asr.engine import published
 from edge_asr.engine.build import build_engine
 from edge_asr.engine.weights import UnknownGraphError, check
 from edge_asr.errors import BundleError, EngineError
-from edge_asr.recognizer.bundle import FP32, read_bundle
+from edge_asr.recognizer.bundle import FP32, INT8, read_bundle
 from edge_asr.recognizer.model_config import ModelConfig
 
 KINDS = sorted(NAMES)
@@ -61,14 +61,14 @@ def test_many_damaged_graphs_end_in_a_clear_error_or_a_working_engine(kind: str,
     outcomes(tmp_path, kind, 1, 25, [damage])
 
 
-def copied(folder: Path, change: Any) -> Path:
-    """Return a copy of the bundled model in fp32, its graph changed."""
+def copied(folder: Path, change: Any, name: str = "model.onnx") -> Path:
+    """Return a copy of the bundled model with one of its graphs, which is changed."""
     folder.mkdir()
-    for name in ("am.mvn", "tokens.json", "config.yaml"):
-        shutil.copy(BUNDLE / name, folder)
-    model = onnx.load(str(BUNDLE / "model.onnx"))
+    for side_file in ("am.mvn", "tokens.json", "config.yaml"):
+        shutil.copy(BUNDLE / side_file, folder)
+    model = onnx.load(str(BUNDLE / name))
     change(model.graph)
-    onnx.save(model, str(folder / "model.onnx"))
+    onnx.save(model, str(folder / name))
     return folder
 
 
@@ -97,6 +97,45 @@ def test_an_engine_that_answers_otherwise_than_the_published_graph_is_refused(ch
     with pytest.raises(EngineError, match=r"^[^\n]*model\.onnx: not a Paraformer that can be [^\n]*token"):
         build_engine(bundle, FP32, tmp_path / "engine", threads=1)
     assert list((tmp_path / "engine").iterdir()) == []
+
+
+def no_zero_point(graph: Any) -> None:
+    graph.initializer.remove(next(tensor for tensor in graph.initializer if tensor.name.endswith("_zero_point")))
+
+
+def no_inputs(graph: Any) -> None:
+    del next(node for node in graph.node if node.op_type == "MatMulInteger").input[:]
+
+
+def no_cast(graph: Any) -> None:
+    product = next(node for node in graph.node if node.op_type == "MatMulInteger")
+    next(node for node in graph.node if node.input and node.input[0] == product.output[0]).op_type = "Relu"
+
+
+def infinite_queries(graph: Any) -> None:
+    """The scale of the queries, which tells the heads, is no number that heads could have."""
+    node = next(node for node in graph.node if node.op_type == "Softmax")
+    producers = {output: other for other in graph.node for output in other.output}
+    node = producers[node.input[0]]
+    while node.op_type != "MatMul":
+        node = next(producers[name] for name in node.input if name in producers)
+    scaled = producers[node.input[0]]
+    constant = producers[scaled.input[1]]
+    constant.attribute[0].t.CopyFrom(numpy_helper.from_array(np.float32(np.inf)))
+
+
+def flat_matrix(graph: Any) -> None:
+    tensor = next(tensor for tensor in graph.initializer if tensor.name.endswith("_quantized"))
+    del tensor.dims[1:]
+
+
+@pytest.mark.parametrize("change", [no_zero_point, no_inputs, no_cast, infinite_queries, flat_matrix])
+def test_what_a_graph_lacks_is_said_in_one_line(change: Any, tmp_path: Path) -> None:
+    bundle = read_bundle(copied(tmp_path / "bundle", change, "model_quant.onnx"))
+    with pytest.raises(
+        EngineError, match=r"^[^\n]*model_quant\.onnx: not a Paraformer that can be taken apart [^\n]*$"
+    ):
+        build_engine(bundle, INT8, tmp_path / "engine", threads=1)
 
 
 def test_a_circle_of_names_ends(tmp_path: Path) -> None:
