@@ -236,6 +236,16 @@ def test_an_engine_takes_the_place_of_another(folder: Path, tmp_path: Path) -> N
     recognizer.close()
 
 
+def test_an_engine_built_into_its_own_bundle_clears_nothing_away(folder: Path) -> None:
+    before = {path.name for path in folder.iterdir()}
+    bundle = read_bundle(folder)
+    build_engine(bundle, FP32, folder, threads=1)
+    build_engine(bundle, INT8, folder, threads=1)
+    manifest = read_manifest(folder)
+    assert manifest is not None
+    assert {path.name for path in folder.iterdir()} == before | set(manifest.files) | {FILE}
+
+
 @pytest.mark.slow
 def test_a_build_takes_nothing_from_one_that_is_moving_its_files_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -7,6 +7,7 @@ import fcntl
 import gc
 import logging
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -40,6 +41,8 @@ AUTO = "auto"
 TARGETS = (AUTO, FP32, INT8)
 SOURCES = {INT8: (INT8, FP32, CHECKPOINT), FP32: (FP32, CHECKPOINT, INT8)}
 """The files that a target's weights may come from, best first: what was published in it is taken as it is."""
+OURS = re.compile(r"(encoder|decoder)-[0-9a-f]{12}\.(onnx|data)")
+"""Files of an engine. Nothing else in the folder is ours to clear away."""
 WORTH_IT = 1.2
 """int8 must be so many times faster than fp32 to be chosen: it rounds, and runs one utterance at a time."""
 
@@ -230,7 +233,7 @@ def _install(
         measured_ms=times,
     )
     write_manifest(out, manifest)
-    for path in (*out.glob("*.onnx"), *out.glob("*.data")):
-        if path.name not in manifest.files:
+    for path in out.iterdir():
+        if OURS.fullmatch(path.name) and path.name not in manifest.files:
             path.unlink()
     return manifest
