@@ -116,7 +116,7 @@ def test_8_bits_from_fp32_name_fp32_as_their_source(engines: dict[str, Path]) ->
     assert (manifest.engine, manifest.source.name) == (INT8, "model.onnx")
 
 
-@pytest.mark.parametrize(("int8_ms", "chosen"), [(100.0, INT8), (125.0, FP32)])
+@pytest.mark.parametrize(("int8_ms", "chosen"), [(100.0, INT8), pytest.param(125.0, FP32, marks=pytest.mark.slow)])
 def test_auto_measures_both_and_says_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, int8_ms: float, chosen: str
 ) -> None:
@@ -137,6 +137,7 @@ def test_auto_really_measures(tmp_path: Path) -> None:
     assert all(milliseconds > 0.1 for milliseconds in manifest.measured_ms.values())
 
 
+@pytest.mark.slow
 def test_progress_rises_to_the_end(tmp_path: Path) -> None:
     seen: list[tuple[str, float]] = []
     build_engine(read_bundle(BUNDLE), FP32, tmp_path, 1, lambda step, share: seen.append((step, share)))
@@ -351,7 +352,9 @@ def test_if_needed_builds_only_when_the_source_has_changed(
     assert capsys.readouterr().out == f"{out / FILE}\n" * 5
 
 
-@pytest.mark.parametrize("damage", ["target", "network", "manifest"])
+@pytest.mark.parametrize(
+    "damage", ["network", *(pytest.param(case, marks=pytest.mark.slow) for case in ("target", "manifest"))]
+)
 def test_if_needed_builds_what_is_damaged_or_of_another_target(
     engines: dict[str, Path], tmp_path: Path, damage: str
 ) -> None:
@@ -370,6 +373,7 @@ def test_if_needed_builds_what_is_damaged_or_of_another_target(
     assert assert_consistent(out).engine == target
 
 
+@pytest.mark.slow
 def test_without_if_needed_it_is_built_again(engines: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "engine"
     shutil.copytree(engines[FP32], out)

