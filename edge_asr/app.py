@@ -103,7 +103,7 @@ class Daemon:
         self._published = self._late = 0
         self._stop = asyncio.Event()
         self.abandoned_inference = False
-        """After the stop: an inference took longer than `drain_s` and is still running."""
+        """After the stop: an inference took longer than `drain_s`, or the model is still being loaded."""
         self._drain_by: float | None = None
 
     @contextlib.asynccontextmanager
@@ -111,8 +111,8 @@ class Daemon:
         """Start publisher, model and listeners, in this order, and stop them in reverse."""
         try:
             self._start_publisher()
-            await self._start_model()
-            self._start_listeners()
+            if await self._start_model():
+                self._start_listeners()
             heartbeat = asyncio.create_task(self._report(), name="state")
             try:
                 yield self
@@ -160,10 +160,19 @@ class Daemon:
             log.info("publishing on %s/%s/... at %s:%d", mqtt.base, self._config.device_id, mqtt.host, mqtt.port)
         self._publish_state("starting", "the model is loading")
 
-    async def _start_model(self) -> None:
+    async def _start_model(self) -> bool:
+        """Load the model. False: asked to stop meanwhile, which does not wait for an engine to be built."""
         started = time.monotonic()
-        await self._scheduler.start()
+        loading = asyncio.create_task(self._scheduler.start(), name="load")
+        stopping = asyncio.create_task(self._stop.wait(), name="stop")
+        await asyncio.wait([loading, stopping], return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if not loading.done():
+            loading.cancel()
+            return False
+        loading.result()
         log.info("model %s on %s, loaded in %.1f s", self._bundle.name, self._engine, time.monotonic() - started)
+        return True
 
     def _load(self) -> Recognizer:
         """Load the model, on the inference thread."""
@@ -218,9 +227,11 @@ class Daemon:
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _stop_model(self) -> None:
-        self.abandoned_inference = not await self._scheduler.close(self._drain_left_s())
+        loaded = self._engine is not None
+        self.abandoned_inference = not await self._scheduler.close(self._drain_left_s() if loaded else 0)
         if self.abandoned_inference:
-            log.warning("the inference under way takes too long and is abandoned")
+            what = "the inference under way takes too long and" if loaded else "the loading of the model"
+            log.warning("%s is abandoned", what)
 
     async def _drained(self) -> None:
         """Wait for the broker to have everything, until `drain_s` have passed or somebody wants us to stop."""

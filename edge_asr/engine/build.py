@@ -8,7 +8,9 @@ import gc
 import logging
 import os
 import re
+import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +45,9 @@ SOURCES = {INT8: (INT8, FP32, CHECKPOINT), FP32: (FP32, CHECKPOINT, INT8)}
 """The files that a target's weights may come from, best first: what was published in it is taken as it is."""
 OURS = re.compile(r"(encoder|decoder)-[0-9a-f]{12}\.(onnx|data)")
 """Files of an engine. Nothing else in the folder is ours to clear away."""
+PREFIX = ".build-"
+ABANDONED_S = 3600.0
+"""No build takes so long."""
 WORTH_IT = 1.2
 """int8 must be so many times faster than fp32 to be chosen: it rounds, and runs one utterance at a time."""
 
@@ -79,7 +84,8 @@ def build_engine(bundle: Bundle, target: str, out: Path, threads: int = 0, progr
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".build-", dir=out) as folder:
+        _clear_abandoned(out)
+        with tempfile.TemporaryDirectory(prefix=PREFIX, dir=out) as folder:
             return _build(bundle, target, out, Path(folder), threads, progress)
     except UnknownGraphError as error:
         raise EngineError(
@@ -87,6 +93,14 @@ def build_engine(bundle: Bundle, target: str, out: Path, threads: int = 0, progr
         ) from error
     except OSError as error:
         raise EngineError(f"{out}: cannot write the engine there ({error}); name another folder with --out") from error
+
+
+def _clear_abandoned(out: Path) -> None:
+    """Remove what builds that were killed have left behind."""
+    for folder in out.glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError):  # another build may have ended, or cleared it, just now
+            if time.time() - folder.stat().st_mtime > ABANDONED_S:
+                shutil.rmtree(folder)
 
 
 def _build(bundle: Bundle, target: str, out: Path, folder: Path, threads: int, progress: Progress) -> Manifest:

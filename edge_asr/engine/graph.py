@@ -223,7 +223,7 @@ class _Author:
         """FSMN: a convolution along time, channel by channel, plus x: the same as 1 more on its middle tap."""
         kernel = self._weights.vectors[f"{module}.weight"][:, :, None, :].copy()
         channels, size = kernel.shape[0], kernel.shape[-1]
-        kernel[..., size // 2] += 1
+        kernel[..., (size - 1) // 2] += 1
         if mask is not None:
             x = self.op("Mul", x, mask)
         # As an image of height 1 with the channels last: the form that onnxruntime's fast convolutions take.

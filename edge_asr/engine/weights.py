@@ -18,6 +18,8 @@ FIRST_BLOCK = "encoder.encoders0.0"
 ENCODER_BLOCK = "encoder.encoders.{}"
 DECODER_BLOCK = "decoder.decoders.{}"
 LAST_BLOCK = "decoder.decoders3.0"
+BLOCKS_WITHOUT_ATTENTION = "decoder.decoders2."
+"""Of variants with more blocks than attention layers, which nobody publishes."""
 OUTPUT = "decoder.output_layer"
 PREDICTOR_OUTPUT = "predictor.cif_output"
 
@@ -105,6 +107,8 @@ def check(weights: Weights) -> None:
             raise UnknownGraphError(f"no {needed}")
     if OUTPUT not in weights.matrices:
         raise UnknownGraphError(f"no {OUTPUT}")
+    if any(name.startswith(BLOCKS_WITHOUT_ATTENTION) for name in weights.matrices):
+        raise UnknownGraphError("it has decoder blocks without attention")
     if not weights.encoder_blocks or not weights.decoder_blocks:
         raise UnknownGraphError("no encoder or decoder blocks")
     if weights.width % weights.config.heads:

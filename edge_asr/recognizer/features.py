@@ -97,16 +97,25 @@ def _framed(signal: Samples) -> Features:
 
 
 def mel_weights() -> Features:
-    """Return `[256, 80]`: triangles over the bins of the spectrum, equally wide in mel from 20 to 8000 Hz."""
-    edges = np.linspace(_mel(LOWEST_HZ), _mel(SAMPLE_RATE / 2), BINS + 2)
-    left, centre, right = edges[:-2], edges[1:-1], edges[2:]
-    bins = _mel(np.arange(SPECTRUM // 2) * SAMPLE_RATE / SPECTRUM)[:, None]
-    triangles = np.minimum((bins - left) / (centre - left), (right - bins) / (right - centre))
-    return np.maximum(triangles, 0).astype(np.float32)
+    """Return `[256, 80]`: triangles over the bins of the spectrum, equally wide in mel from 20 to 8000 Hz.
+
+    In single precision, as kaldi computes them: over 500 frames the difference would move the end of a token.
+    """
+    lowest, highest = _mel(np.array([LOWEST_HZ, SAMPLE_RATE / 2], np.float32))
+    step = np.float32((highest - lowest) / np.float32(BINS + 1))
+    number = np.arange(BINS, dtype=np.float32)
+    left, centre, right = (lowest + (number + np.float32(shift)) * step for shift in range(3))
+    bins = _mel(np.arange(SPECTRUM // 2, dtype=np.float32) * np.float32(SAMPLE_RATE / SPECTRUM))[:, None]
+    triangles = np.where(bins <= centre, (bins - left) / (centre - left), (right - bins) / (right - centre))
+    weights: Features = np.where((bins > left) & (bins < right), triangles, np.float32(0)).astype(np.float32)
+    return weights
 
 
-def _mel(hertz: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    return 1127.0 * np.log1p(np.asarray(hertz) / 700.0)
+def _mel(hertz: Features) -> Features:
+    # The logarithm is rounded once, from double precision; numpy's of single precision is not always the nearest.
+    logarithm = np.log((np.float32(1) + hertz / np.float32(700)).astype(np.float64))
+    mel: Features = np.float32(1127) * logarithm.astype(np.float32)
+    return mel
 
 
 def stack_frames(frames: Features) -> Features:

@@ -63,7 +63,9 @@ def _load(path: Path, threads: int) -> onnxruntime.InferenceSession:
     # sentences that would cost an idle appliance a core.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        # Without its fallback, which would say on standard output that it tries again what cannot work.
+        providers = ["CPUExecutionProvider"]
+        return onnxruntime.InferenceSession(str(path), options, providers=providers, enable_fallback=False)
     except Exception as error:  # onnxruntime's exceptions have no common base but this
         raise BundleError(
             f"{path}: onnxruntime cannot load it, the file is damaged or no ONNX graph; copy the bundle again"
