@@ -250,11 +250,13 @@ def test_unsigned_bytes_without_zero_points_count_from_zero(models: dict[str, Mo
             np.testing.assert_array_equal(matrix.dequantized(), unsigned.astype(np.float32) * matrix.scales)
 
 
-def test_heads_and_input_scale_are_the_graphs_own(published: dict[str, Weights], name: str) -> None:
-    weights, _ = read_graph(BUNDLE / name, ModelConfig(heads=8, input_scale=3.0, tail=0.4))
+def test_the_graphs_own_numbers_rise_above_the_configuration(published: dict[str, Weights], name: str) -> None:
+    wrong = ModelConfig(heads=8, input_scale=3.0, tail=0.4, smooth_factor=0.5, noise_threshold=0.1)
+    weights, _ = read_graph(BUNDLE / name, wrong)
     assert weights.config.heads == published[name].config.heads == 4
     assert weights.input_scale == pytest.approx(weights.width**0.5, rel=1e-6)
-    assert weights.config.tail == 0.4
+    assert weights.config.tail == pytest.approx(0.45)
+    assert (weights.config.smooth_factor, weights.config.noise_threshold) == (1, 0)
 
 
 def test_another_input_scale_in_the_graph_is_taken(models: dict[str, ModelProto], name: str, tmp_path: Path) -> None:
@@ -405,15 +407,57 @@ def test_without_torch_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.Mo
         read_checkpoint(tmp_path / "model.pt", ModelConfig())
 
 
+@pytest.mark.parametrize("archive", [False, True], ids=["before torch 1.6", "today"])
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_a_checkpoint_of_torch_is_read(wrapped: bool, tmp_path: Path) -> None:
+def test_a_checkpoint_of_torch_is_read(wrapped: bool, archive: bool, tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     tensors = {name: torch.from_numpy(value.copy()) for name, value in state_dict("tiny").items()}
     tensors["steps"] = torch.tensor(5)
-    torch.save({"state_dict": tensors, "epoch": 3} if wrapped else tensors, tmp_path / "model.pt")
+    saved = {"state_dict": tensors, "epoch": 3} if wrapped else tensors
+    torch.save(saved, tmp_path / "model.pt", _use_new_zipfile_serialization=archive)
     weights = read_checkpoint(tmp_path / "model.pt", ModelConfig())
     expected = weights_of({**state_dict("tiny"), "steps": np.array(5, np.float32)}, ModelConfig())
     assert_same(weights, expected)
+
+
+class Torch:
+    """Of torch, what reads a checkpoint; like it, this maps nothing but archives."""
+
+    is_tensor = staticmethod(lambda value: False)
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.mapped: list[bool] = []
+        self._error = error
+
+    def load(self, path: str, *, map_location: str, weights_only: bool, mmap: bool) -> dict[str, int]:
+        self.mapped.append(mmap)
+        if self._error is not None:
+            raise self._error
+        if mmap and not Path(path).read_bytes().startswith(b"PK\x03\x04"):
+            raise RuntimeError("mmap can only be used with files saved with `_use_new_zipfile_serialization=True`")
+        return {"epoch": 3}
+
+
+@pytest.mark.parametrize(("content", "mapped"), [(b"PK\x03\x04rest", True), (b"\x80\x02\x8a\nl", False)])
+def test_only_archives_are_mapped(
+    content: bytes, mapped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch = Torch()
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    (tmp_path / "model.pb").write_bytes(content)
+    assert not read_checkpoint(tmp_path / "model.pb", ModelConfig()).matrices
+    assert torch.mapped == [mapped]
+
+
+@pytest.mark.parametrize("said", ["", "Weights only load failed.\nAnd much more."])
+def test_whatever_torch_says_of_a_checkpoint_is_one_line(
+    said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", Torch(RuntimeError(said)))
+    (tmp_path / "model.pt").write_bytes(b"")
+    reason = re.escape(said.partition("\n")[0] or "RuntimeError")
+    with pytest.raises(BundleError, match=rf"^[^\n]*model\.pt: damaged, [^\n]*\({reason}\)\Z"):
+        read_checkpoint(tmp_path / "model.pt", ModelConfig())
 
 
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04" + bytes(100)])

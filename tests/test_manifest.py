@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import platform
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,7 @@ def test_where_there_is_no_manifest_there_is_no_engine(tmp_path: Path, place: st
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", "null", "7", "{}", '{"schema": "edge_asr.engine/1"}', b"\xff\xfe", "[" * 100_000],
+    ["", "{", "[]", "null", "7", "{}", f'{{"schema": "{SCHEMA}"}}', b"\xff\xfe", "[" * 100_000],
     ids=["empty", "no json", "list", "null", "number", "no keys", "schema only", "no text", "nested"],
 )
 def test_a_damaged_manifest_is_refused_in_a_line(folder: Path, text: str | bytes) -> None:
@@ -153,6 +154,34 @@ def test_an_engine_of_another_target_does_not_fit(folder: Path, bundle: Bundle) 
 def test_an_engine_of_another_machine_does_not_fit(folder: Path, bundle: Bundle) -> None:
     foreign = dataclasses.replace(known(folder), machine="aarch64, Cortex-A78AE")
     assert unfit(foreign, bundle) == f"it was built for aarch64, Cortex-A78AE, this is {this_machine()}"
+
+
+def test_an_engine_of_another_runtime_does_not_fit(folder: Path, bundle: Bundle) -> None:
+    other = dataclasses.replace(known(folder), versions={"onnxruntime": "0.1"})
+    assert re.fullmatch(r"it was measured with onnxruntime 0\.1, this is \d.*", unfit(other, bundle) or "")
+
+
+def test_an_engine_of_another_configuration_of_the_model_does_not_fit(folder: Path, bundle: Bundle) -> None:
+    other = dataclasses.replace(bundle, config=dataclasses.replace(bundle.config, tail=0.9))
+    assert unfit(known(folder), other) == f"the configuration in {bundle.folder} has changed since"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"encoder": None},
+        {"encoder": "../encoder-012345678901.onnx"},
+        {"decoder": "elsewhere.onnx"},
+        {"files": {"../x.onnx": {"size": 1, "sha256": ""}}},
+        {"source": {"name": "/etc/passwd", "size": 1, "mtime_ns": 1, "sha256": ""}},
+    ],
+    ids=["null", "above", "not listed", "a file elsewhere", "a source elsewhere"],
+)
+def test_a_manifest_names_files_of_its_own_folder_only(folder: Path, change: dict[str, Any]) -> None:
+    path = folder / FILE
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **change}), encoding="utf-8")
+    with pytest.raises(EngineError, match=r"manifest\.json: not a manifest \("):
+        read_manifest(folder)
 
 
 def test_new_times_of_the_same_file_change_nothing(folder: Path, bundle: Bundle) -> None:

@@ -336,7 +336,7 @@ class _Author:
 
 
 def product_graph(values: Bytes) -> Graph:
-    """Return a graph `x` u8 `[1, K]` -> `y` f32 `[1, N]`, the exact 8-bit product with `values` s8 `[K, N]`."""
+    """Return a graph `x` u8 `[M, K]` -> `y` f32 `[M, N]`, the exact 8-bit product with `values` s8 `[K, N]`."""
     size, columns = values.shape
     tensors: dict[str, npt.NDArray[Any]] = {
         "weight": values,
@@ -348,8 +348,8 @@ def product_graph(values: Bytes) -> Graph:
     node = helper.make_node(
         "MatMulIntegerToFloat", ["x", "weight", "scale", "scales", "zero", "zeros"], ["y"], domain=CONTRIB
     )
-    x = helper.make_tensor_value_info("x", TensorProto.UINT8, [1, size])
-    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, columns])
+    x = helper.make_tensor_value_info("x", TensorProto.UINT8, ["M", size])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["M", columns])
     return Graph(_model(helper.make_graph([node], "product", [x], [y])), tensors)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx
@@ -27,6 +27,9 @@ from edge_asr.recognizer.model_config import ModelConfig
 
 NOT_THERE = (ArithmeticError, AttributeError, LookupError, RuntimeError, StopIteration, TypeError, ValueError)
 """What comes of looking for something in a graph that lacks it, or has something else there."""
+
+
+T = TypeVar("T")
 
 
 def read_graph(path: Path, config: ModelConfig) -> tuple[Weights, Mapping[str, str]]:
@@ -63,12 +66,13 @@ class _Graph:
             if node.op_type in ("MatMul", "MatMulInteger") and self._is_constant(node.input[1]):
                 matrices[self._module(node)] = self._matrix(node)
         vectors = {module_name(name): self._array(name) for name in self._parameters()}
+        smooth_factor, noise_threshold = self._predictor_numbers()
         found = ModelConfig(
-            heads=self._heads(vectors) or config.heads,
-            input_scale=self._input_scale() or config.input_scale,
-            tail=config.tail,
-            smooth_factor=config.smooth_factor,
-            noise_threshold=config.noise_threshold,
+            heads=_first(self._heads(vectors), config.heads),
+            input_scale=_first(self._input_scale(), config.input_scale),
+            tail=_first(self._tail(), config.tail),
+            smooth_factor=_first(smooth_factor, config.smooth_factor),
+            noise_threshold=_first(noise_threshold, config.noise_threshold),
         )
         return Weights(matrices, vectors, found)
 
@@ -140,6 +144,36 @@ class _Graph:
         scaled = next((node for node in self._consumers["speech"] if node.op_type == "Mul"), None)
         return None if scaled is None else next(s for name in scaled.input if (s := self._scalar(name)) is not None)
 
+    def _tail(self) -> float | None:
+        """Return what is added behind the last frame: a share, times the difference of two masks; None if not found."""
+        found = set()
+        for node in self._nodes:
+            kinds = {self._producer[name].op_type for name in node.input if name in self._producer}
+            if node.op_type == "Mul" and "Sub" in kinds:
+                found |= {scale for name in node.input if (scale := self._scalar(name)) is not None and 0 < scale < 1}
+        return found.pop() if len(found) == 1 else None
+
+    def _predictor_numbers(self) -> tuple[float | None, float | None]:
+        """Return smooth factor and noise threshold, by which the frames' shares are multiplied and lessened."""
+        for node in self._nodes:
+            if node.op_type == "Sigmoid" and self._is_biased(node.input[0], "predictor.cif_output.bias"):
+                scaled = self._following(node, "Mul")
+                lessened = scaled and self._following(scaled, "Sub")
+                # The exporter leaves out what takes nothing away.
+                return self._number(scaled), self._number(lessened) if lessened else 0.0
+        return None, None
+
+    def _is_biased(self, name: str, bias: str) -> bool:
+        producer = self._producer.get(name)
+        return producer is not None and bias in producer.input
+
+    def _following(self, node: onnx.NodeProto, kind: str) -> onnx.NodeProto | None:
+        return next((n for n in self._consumers.get(node.output[0], []) if n.op_type == kind), None)
+
+    def _number(self, node: onnx.NodeProto | None) -> float | None:
+        """Return the constant number among a node's inputs."""
+        return None if node is None else next((s for name in node.input if (s := self._scalar(name)) is not None), None)
+
     def _next(self, node: onnx.NodeProto, kind: str) -> onnx.NodeProto:
         return next(follower for follower in self._consumers[node.output[0]] if follower.op_type == kind)
 
@@ -171,6 +205,10 @@ class _Graph:
 def module_name(name: str) -> str:
     """Return FunASR's own name: its exporter wraps encoder and decoder once more."""
     return re.sub(r"^(encoder|decoder)\.model\.", r"\1.", name)
+
+
+def _first(found: T | None, otherwise: T) -> T:
+    return otherwise if found is None else found
 
 
 def _signed(values: Any) -> Bytes:

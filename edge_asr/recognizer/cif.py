@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import pairwise
+
 import numpy as np
 import numpy.typing as npt
 
@@ -34,6 +37,8 @@ EDGE = 5
 LONGEST = 12
 """Frames that a token lasts at most; what follows is silence."""
 NEARLY_ONE = 1.0 - 1e-4
+ROUNDING = 1e-4
+"""More than what sums of a few hundred float32 can be wrong by."""
 
 
 def token_times(alphas: Alphas, tail: float, tokens: int) -> list[tuple[int, int]] | None:
@@ -42,15 +47,17 @@ def token_times(alphas: Alphas, tail: float, tokens: int) -> list[tuple[int, int
     They are FunASR's, `ts_prediction_lfr6_standard` of the plain predictor with the tail as one more frame.
     """
     with_tail = np.append(alphas, np.float32(tail))
-    sums = np.cumsum(with_tail, dtype=np.float64)
-    # A sum a hair below a whole number counts as a fire too.
-    fired = (np.diff(np.floor(sums), prepend=0) > 0) | (sums % 1 >= NEARLY_ONE)
+    # In Python's floats: for so few numbers that is quicker than to wake a dozen functions of numpy.
+    fired, total, whole = [], 0.0, 0
+    for alpha in with_tail.tolist():
+        total += alpha
+        # A sum a hair below a whole number counts as a fire too.
+        fired.append(total >= whole + 1 or total % 1 >= NEARLY_ONE)
+        whole = int(total)
     return times_of_fires(with_tail, fired, tokens, rate=1)
 
 
-def times_of_fires(
-    alphas: Alphas, fired: npt.NDArray[np.bool_], tokens: int, rate: int
-) -> list[tuple[int, int]] | None:
+def times_of_fires(alphas: Alphas, fired: Sequence[bool], tokens: int, rate: int) -> list[tuple[int, int]] | None:
     """Return start and end in ms of each token: it lasts from one fire to the next.
 
     `alphas` and `fired` `[T]` are of `rate` frames a row. Where there is not one fire more than tokens, alphas are
@@ -58,30 +65,45 @@ def times_of_fires(
     """
     if not tokens:
         return []
-    places = np.flatnonzero(fired) + SHIFT
+    places = [frame + SHIFT for frame, fires in enumerate(fired) if fires]
     if len(places) != tokens + 1:
-        places = _scaled_fires(alphas, tokens + 1) + SHIFT
+        places = [frame + SHIFT for frame in _scaled_fires(alphas, tokens + 1)]
     if not 2 <= len(places) <= tokens + 1:
         return None
-    starts, following = places[:-1], places[1:]
-    ends = np.minimum(following, starts + LONGEST)
-    frames = len(alphas)
+    spans = [(start, min(end, start + LONGEST)) for start, end in pairwise(places)]
     # Up to the end, or half way into the silence there; unless silence has begun before, within the last token.
-    if following[-1] - starts[-1] <= LONGEST:
-        ends[-1] = (frames + places[-1]) / 2 if frames - places[-1] > EDGE else frames
+    start, last, frames = places[-2], places[-1], len(alphas)
+    if last - start <= LONGEST:
+        spans[-1] = (start, (frames + last) / 2 if frames - last > EDGE else frames)
     seconds = ROW_MS / 1000 / rate
-    return [(int(start * seconds * 1000), int(end * seconds * 1000)) for start, end in zip(starts, ends, strict=True)]
+    return [(int(start * seconds * 1000), int(end * seconds * 1000)) for start, end in spans]
 
 
-def _scaled_fires(alphas: Alphas, fires: int) -> npt.NDArray[np.int64]:
+def _scaled_fires(alphas: Alphas, fires: int) -> list[int]:
     """Return the frames that fire, one at most each, when alphas are scaled to a sum of `fires`."""
     total = np.float32(alphas.sum(dtype=np.float64))
+    if not total > 0:
+        return []
+    scaled = alphas / (total / np.float32(fires))
     found = []
-    # FunASR counts in float32, where a sum that ends up a hair below a whole number fires a frame later.
+    integrated = 0.0
+    for frame, alpha in enumerate(scaled.tolist()):
+        integrated += alpha
+        if abs(integrated - NEARLY_ONE) < ROUNDING:
+            return _scaled_fires_in_single_precision(scaled)
+        if integrated >= NEARLY_ONE:
+            integrated -= NEARLY_ONE
+            found.append(frame)
+    return found
+
+
+def _scaled_fires_in_single_precision(scaled: Alphas) -> list[int]:
+    """Count as FunASR does, in float32, where a sum that ends up a hair below a whole number fires a frame later."""
+    found = []
     integrated, threshold = np.float32(0), np.float32(NEARLY_ONE)
-    for frame, alpha in enumerate(alphas / (total / np.float32(fires)) if total > 0 else alphas[:0]):
+    for frame, alpha in enumerate(scaled):
         integrated += alpha
         if integrated >= threshold:
             integrated -= threshold
             found.append(frame)
-    return np.array(found, np.int64)
+    return found

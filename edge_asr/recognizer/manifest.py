@@ -14,9 +14,11 @@ from typing import Any
 
 from edge_asr.errors import EngineError
 from edge_asr.recognizer.bundle import Bundle
+from edge_asr.recognizer.onnx_network import runtime_version
 
 FILE = "manifest.json"
-SCHEMA = "edge_asr.engine/1"
+SCHEMA = "edge_asr.engine/2"
+"""Its number grows whenever the networks are written differently: an engine of another number is built again."""
 REMEDY = "run edge-asr build-engine again"
 HASH_BLOCK = 1 << 20
 
@@ -60,6 +62,12 @@ class Manifest:
     machine: str
     versions: Mapping[str, str]
     """Of edge_asr and onnxruntime."""
+    config: Mapping[str, Any]
+    """What the bundle's configuration said, for it is part of the networks."""
+    threads: int
+    """Of one inference, while it was measured."""
+    compared_tokens: int
+    """Tokens that were the same as the published graph's when the engine was built; 0 for a checkpoint."""
     measured_ms: Mapping[str, float] = dataclasses.field(default_factory=dict)
     """What each candidate took for the same few seconds of audio; empty where a target was named."""
     schema: str = SCHEMA
@@ -72,13 +80,25 @@ def read_manifest(folder: Path) -> Manifest | None:
         loaded = json.loads(path.read_text(encoding="utf-8"))
         if loaded["schema"] != SCHEMA:
             raise EngineError(f"{path}: of another version of edge_asr ({loaded['schema']}); {REMEDY}")
-        parts = {"source": Source(**loaded["source"])}
+        source = Source(**loaded["source"])
         files = {name: FileRecord(**record) for name, record in loaded["files"].items()}
-        return Manifest(**{**loaded, **parts, "files": files})
+        manifest = Manifest(**{**loaded, "source": source, "files": files})
+        _check_names(manifest)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise EngineError(f"{path}: not a manifest ({error}); {REMEDY}") from error
+    return manifest
+
+
+def _check_names(manifest: Manifest) -> None:
+    """Raise ValueError unless all names are of files in the folder itself, and the networks among those with a hash."""
+    for name in (manifest.source.name, *manifest.files):
+        if Path(name).name != name:
+            raise ValueError(f"{name!r} is not the name of a file")
+    for name in (manifest.encoder, manifest.decoder):
+        if name not in manifest.files:
+            raise ValueError(f"{name!r} is not among its files")
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Path:
@@ -93,12 +113,28 @@ def write_manifest(folder: Path, manifest: Manifest) -> Path:
     return path
 
 
+def existing(bundle: Bundle, folder: Path, target: str) -> Manifest | None:
+    """Return the manifest of an engine in `folder` that fits; None where there is none, or it is damaged or stale."""
+    try:
+        manifest = read_manifest(folder)
+        if manifest is None or unfit(manifest, bundle, target):
+            return None
+        check_files(folder, manifest)
+    except EngineError:
+        return None
+    return manifest
+
+
 def unfit(manifest: Manifest, bundle: Bundle, target: str = "auto") -> str | None:
     """Return why an engine does not fit bundle, target and machine; None where it does."""
     if target not in ("auto", manifest.engine):
         return f"it is {manifest.engine}, {target} is wanted"
     if manifest.machine != this_machine():
         return f"it was built for {manifest.machine}, this is {this_machine()}"
+    if manifest.versions.get("onnxruntime") != runtime_version():
+        return f"it was measured with onnxruntime {manifest.versions.get('onnxruntime')}, this is {runtime_version()}"
+    if dict(manifest.config) != dataclasses.asdict(bundle.config):
+        return f"the configuration in {bundle.folder} has changed since"
     path = bundle.folder / manifest.source.name
     try:
         status = path.stat()
