@@ -57,7 +57,7 @@ def token_times(alphas: Alphas, tail: float, tokens: int) -> list[tuple[int, int
     return times_of_fires(with_tail, fired, tokens, rate=1)
 
 
-def times_of_fires(alphas: Alphas, fired: Sequence[bool], tokens: int, rate: int) -> list[tuple[int, int]] | None:
+def times_of_fires(alphas: Alphas, fired: Iterable[bool], tokens: int, rate: int) -> list[tuple[int, int]] | None:
     """Return start and end in ms of each token: it lasts from one fire to the next.
 
     `alphas` and `fired` `[T]` are of `rate` frames a row. Where there is not one fire more than tokens, alphas are
