@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import sherpa_onnx
 from bundled import BUNDLE, ENGINES, bundle_of, load_whole, sound_of, transcripts
@@ -227,6 +228,87 @@ def test_close_releases_the_network() -> None:
     network = Scripted([10], 0.5, len(bundle_of("onnx-fp32").tokens))
     WholeParaformer(bundle_of("onnx-fp32"), network, "scripted").close()
     assert network.closed
+
+
+class Odd(Scripted):
+    """A graph whose outputs can be replaced."""
+
+    def __init__(self, **replaced: npt.NDArray[Any]) -> None:
+        super().__init__([10, 11], 0.5, len(bundle_of("onnx-fp32").tokens))
+        self.replaced = replaced
+
+    def run(self, inputs: Arrays) -> Arrays:
+        return {**super().run(inputs), **self.replaced}
+
+
+ODD: dict[str, tuple[str, npt.NDArray[Any]]] = {
+    "scalar scores": ("logits", np.float32(1).reshape(())),
+    "scores of rank 2": ("logits", np.zeros((2, 109), np.float32)),
+    "scores of rank 4": ("logits", np.zeros((1, 1, 2, 109), np.float32)),
+    "an empty batch": ("logits", np.zeros((0, 2, 109), np.float32)),
+    "scores that are text": ("logits", np.full((1, 2, 109), "a")),
+    "scores that are flags": ("logits", np.zeros((1, 2, 109), np.bool_)),
+    "no count": ("token_num", np.zeros(0, np.int32)),
+    "a count that is NaN": ("token_num", np.array([np.nan], np.float32)),
+    "an infinite count": ("token_num", np.array([np.inf], np.float32)),
+    "a count that is text": ("token_num", np.array(["two"])),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_outputs_are_no_paraformers(name: str) -> None:
+    output, value = ODD[name]
+    network = Odd(**{output: value})
+    with pytest.raises(BundleError, match=rf"^[^\n]*model\.onnx: .*no Paraformer graph; [^\n]*`{output}`[^\n]*$"):
+        WholeParaformer(bundle_of("onnx-fp32"), network, "scripted")
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_outputs_that_become_odd_are_an_error_of_the_engine(name: str) -> None:
+    output, value = ODD[name]
+    network = Odd()
+    recognizer = WholeParaformer(bundle_of("onnx-fp32"), network, "scripted")
+    network.replaced = {output: value}
+    with pytest.raises(EngineError, match=rf"^[^\n]*model\.onnx: its `{output}`[^\n]*$"):
+        recognizer.recognize(SECOND)
+
+
+@pytest.mark.parametrize("count", [np.int64(1), np.array([1.0], np.float64), np.array([[1]], np.int32)])
+def test_a_count_of_any_shape_and_kind_of_number_is_one(count: npt.NDArray[Any]) -> None:
+    recognizer = WholeParaformer(bundle_of("onnx-fp32"), Odd(token_num=np.asarray(count)), "scripted")
+    assert len(recognizer.recognize(SECOND).tokens) == 1
+
+
+FIRES = np.array([[0.3, 1.2, 0.3, 0.3, 1.2, 0.3, 1.2]], np.float32)
+
+
+@pytest.mark.parametrize(
+    ("alphas", "peaks"),
+    [
+        (FIRES[0], FIRES[0]),
+        (FIRES[:0], FIRES[:0]),
+        (FIRES, FIRES[:, 1:]),
+        (FIRES[:, :0], FIRES[:, :0]),
+        (np.float32(1).reshape(()), FIRES),
+        (FIRES[..., None], FIRES[..., None]),
+        (FIRES * np.float32(np.nan), FIRES),
+        (FIRES * np.float32(np.inf), FIRES[:, ::-1] * 0),
+        (FIRES.astype(np.str_), FIRES),
+        (FIRES, FIRES.astype(np.str_)),
+    ],
+    ids=["rank 1", "no batch", "of two lengths", "nothing", "scalar", "rank 3", "NaN", "infinite", "text", "text too"],
+)  # fmt: skip
+def test_odd_finer_alphas_give_no_times(alphas: npt.NDArray[Any], peaks: npt.NDArray[Any]) -> None:
+    network = Odd(us_alphas=alphas, us_cif_peak=peaks)
+    tokens = WholeParaformer(bundle_of("onnx-fp32"), network, "scripted").recognize(SECOND).tokens
+    assert [(token.start_ms, token.end_ms) for token in tokens] == [(None, None)] * 2
+
+
+def test_finer_alphas_as_they_should_be_give_times() -> None:
+    network = Odd(us_alphas=FIRES, us_cif_peak=FIRES)
+    tokens = WholeParaformer(bundle_of("onnx-fp32"), network, "scripted").recognize(SECOND).tokens
+    assert len(tokens) == 2
+    assert all(token.start_ms is not None for token in tokens)
 
 
 class Finer(Scripted):

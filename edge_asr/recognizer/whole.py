@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -48,10 +49,12 @@ class WholeParaformer:
         try:
             scores, _ = self._scores(self._run(self._features(noise())))
         except EngineError as error:
-            raise self._no_paraformer(str(error)) from error
+            raise BundleError(
+                f"{bundle.graph}: damaged, or no Paraformer graph; copy the bundle again, or set `model` (or"
+                f" --model) to the folder of a Paraformer bundle ({error})"
+            ) from error
         if not np.isfinite(scores).all():
             raise BundleError(f"{bundle.folder}: gives no finite numbers on noise; copy the bundle again")
-        check_vocabulary(bundle, scores.shape[-1])
 
     def recognize(self, samples: Samples) -> Recognition:
         """Recognise `[n]` samples (16 kHz, full scale +-1); text is empty for silence. Raises EngineError."""
@@ -87,26 +90,38 @@ class WholeParaformer:
         return Decoded(scores.argmax(-1), -np.log(shares), NOTHING.alphas)
 
     def _scores(self, outputs: Arrays) -> tuple[npt.NDArray[np.float32], int]:
-        """Return scores `[N, V]` and the number of tokens that count."""
+        """Return scores `[N, V]` and the number of tokens that count. Raises EngineError for what is neither."""
         try:
-            return outputs["logits"][0], max(0, int(outputs["token_num"].reshape(-1)[0]))
+            logits, counts = outputs["logits"], outputs["token_num"].reshape(-1)
         except KeyError as error:
-            raise self._no_paraformer(f"it has no output {error}") from error
+            raise EngineError(f"{self.bundle.graph}: it has no output {error}") from error
+        if logits.ndim != 3 or not len(logits) or logits.dtype.kind != "f":
+            raise EngineError(f"{self.bundle.graph}: its `logits` are {_shown(logits)}, not of shape [1, N, V]")
+        if not len(counts) or counts.dtype.kind not in "iuf" or not np.isfinite(counts[0]):
+            raise EngineError(f"{self.bundle.graph}: its `token_num`, {_shown(outputs['token_num'])}, is no number")
+        check_vocabulary(self.bundle, logits.shape[-1])
+        return logits[0], max(0, int(counts[0]))
 
     def _run(self, features: Features) -> Arrays:
         return self._network.run({"speech": features[None], "speech_lengths": np.array([len(features)], np.int32)})
-
-    def _no_paraformer(self, why: str) -> BundleError:
-        return BundleError(
-            f"{self.bundle.graph}: damaged, or no Paraformer graph; copy the bundle again, or set `model` (or"
-            f" --model) to the folder of a Paraformer bundle ({why})"
-        )
 
 
 def _times(outputs: Arrays, decoded: Decoded) -> Times | None:
     """Return start and end in ms of each token that is not special; None where the graph does not tell."""
     if not {"us_alphas", "us_cif_peak"} <= set(outputs):
         return None
-    alphas, peaks = (np.asarray(outputs[name][0], np.float32) for name in ("us_alphas", "us_cif_peak"))
+    finer, peaks = outputs["us_alphas"], outputs["us_cif_peak"]
+    # Text without times is better than none: what is not what BiCif models give is left alone.
+    if finer.ndim != 2 or not len(finer) or finer.shape != peaks.shape or not _are_finite(finer, peaks):
+        return None
+    alphas, fired = finer[0].astype(np.float32, copy=False), peaks[0] >= NEARLY_ONE
     spoken = int((decoded.ids >= SPECIAL_IDS).sum())
-    return times_of_fires(alphas, peaks >= NEARLY_ONE, spoken, rate=UPSAMPLED)
+    return times_of_fires(alphas, fired, spoken, rate=UPSAMPLED)
+
+
+def _are_finite(*arrays: npt.NDArray[Any]) -> bool:
+    return all(array.dtype.kind == "f" and bool(np.isfinite(array).all()) for array in arrays)
+
+
+def _shown(array: npt.NDArray[Any]) -> str:
+    return f"{array.dtype} of shape {list(array.shape)}"
