@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 from bundled import BUNDLE, SHARED_DATA
 
 from edge_asr.errors import BundleError
@@ -155,3 +156,14 @@ def test_a_damaged_configuration_is_refused(tmp_path: Path, text: str | bytes) -
 def test_a_configuration_that_is_a_folder_counts_as_none(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").mkdir()
     assert read_model_config(tmp_path) == USUAL
+
+
+@pytest.mark.parametrize("error", [OSError(), ValueError(""), ValueError("\nmore")], ids=["os", "empty", "empty line"])
+def test_an_error_without_a_message_is_called_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(text: str) -> None:
+        raise error
+
+    monkeypatch.setattr(yaml, "safe_load", fail)
+    refused(tmp_path, WHOLE, f"({str(error).strip() or type(error).__name__})", "copy the bundle again")

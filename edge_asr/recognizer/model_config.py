@@ -79,7 +79,7 @@ def read_model_config(folder: Path) -> ModelConfig:
         _check(path, sections)
         return _numbers(sections)
     except (OSError, ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]  # some have no message
         raise BundleError(f"{path}: not the configuration of a model ({reason}); copy the bundle again") from error
 
 
