@@ -14,12 +14,13 @@ from typing import Any
 from edge_asr.audio.decode import read
 from edge_asr.catalogue import BUNDLED, CATALOGUE, HUGGING_FACE, Entry, Source
 from edge_asr.config import Config, models_dir, pulled_last
-from edge_asr.errors import ConfigError, EdgeAsrError
-from edge_asr.loader import load_whole
+from edge_asr.errors import BundleError, ConfigError, EdgeAsrError, EngineError
+from edge_asr.loader import Recognizer, engine_folder, existing, load_engine, load_whole
 from edge_asr.models.download import fetch
 from edge_asr.models.progress import Progress, megabytes, shown
-from edge_asr.models.store import Fetch, Store, copy, find_in
-from edge_asr.recognizer.bundle import read_bundle
+from edge_asr.models.store import Fetch, Store, copy, difference, find_in, recordings
+from edge_asr.recognizer.bundle import Bundle, read_bundle
+from edge_asr.recognizer.model_config import ModelConfig
 
 
 def show_list(config: Config, json_lines: bool) -> None:
@@ -48,13 +49,14 @@ def pull(config: Config, name: str, hub: str | None, folder: Path | None, *, acc
 
 
 def verify(config: Config, names: Sequence[str], json_lines: bool) -> EdgeAsrError | None:
-    """Verify the named models, or all that are here; print how each is, and return the first error."""
+    """Verify the named models, or all that are here, and their engines; print how each is, return the first error."""
     store, failed = _store(config), None
     entries = [_entry(name) for name in names] or [entry for entry in CATALOGUE.values() if store.is_here(entry)]
     for entry in entries:
         error: EdgeAsrError | None = None
         try:
             store.verify(entry)
+            _verify_engine(config, entry, store.folder_of(entry))
         except EdgeAsrError as caught:
             error = caught
         failed = failed or error
@@ -63,8 +65,9 @@ def verify(config: Config, names: Sequence[str], json_lines: bool) -> EdgeAsrErr
 
 
 def remove(config: Config, name: str) -> None:
-    """Delete a pulled model. Raises EdgeAsrError."""
-    _store(config).remove(_entry(name))
+    """Delete a pulled model, and the engine that was built of it. Raises EdgeAsrError."""
+    entry, store = _entry(name), _store(config)
+    store.remove(entry, _engine_of(entry, store, config.state_dir))
     print(f"{name}: removed")
 
 
@@ -72,13 +75,40 @@ def _store(config: Config) -> Store:
     return Store(models_dir(config.state_dir), partial(transcribe_recordings, config.engine.threads))
 
 
-def transcribe_recordings(threads: int, folder: Path, recordings: Sequence[Path]) -> list[str]:
+def transcribe_recordings(threads: int, folder: Path, sounds: Sequence[Path]) -> list[str]:
     """Return the texts of recordings by the bundle in `folder`. Raises BundleError, EngineError, AudioError."""
-    recognizer = load_whole(read_bundle(folder), threads)
+    return _texts(load_whole(read_bundle(folder), threads), sounds)
+
+
+def _texts(recognizer: Recognizer, sounds: Sequence[Path]) -> list[str]:
+    """Return the texts of recordings, and release the recogniser."""
     try:
-        return [recognizer.recognize(read(recording)).text for recording in recordings]
+        return [recognizer.recognize(read(sound)).text for sound in sounds]
     finally:
         recognizer.close()
+
+
+def _verify_engine(config: Config, entry: Entry, folder: Path) -> None:
+    """Raise EngineError where the engine of the model in `folder` does not give its published texts.
+
+    It is what `run` and `transcribe` use. Where there is none that fits, they would build one; this does not.
+    """
+    bundle = read_bundle(folder)
+    place = config.engine.dir or engine_folder(bundle, config.state_dir)
+    if existing(bundle, place, config.engine.target) is None:
+        return
+    try:
+        wrong = difference(entry, _texts(load_engine(bundle, place, config.engine), recordings(entry, folder)))
+    except (BundleError, EngineError) as error:
+        wrong = str(error)
+    if wrong:
+        raise EngineError(f"{place}: the engine: {wrong}; run: edge-asr build-engine --model {entry.name}")
+
+
+def _engine_of(entry: Entry, store: Store, state_dir: Path) -> Path:
+    """Return where the engine of a model lies, whatever is left of the model: what is damaged is removed, too."""
+    bundle = Bundle(entry.name, store.folder_of(entry), {}, ModelConfig(), (), None, {})
+    return engine_folder(bundle, state_dir)
 
 
 def _entry(name: str) -> Entry:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import onnx
 import pytest
 import yaml
 from bundled import BUNDLE, transcripts
@@ -22,6 +23,7 @@ from edge_asr.config import BUNDLED_MODEL, Config, default_state_dir
 from edge_asr.config_reader import load_config
 from edge_asr.errors import ConfigError
 from edge_asr.models.progress import shown
+from edge_asr.recognizer.manifest import describe_file, read_manifest, write_manifest
 
 TEXT = transcripts()[Path(RECORDING).name]
 Run = Callable[..., "Ran"]
@@ -260,6 +262,87 @@ def test_verify_tries_the_model_on_its_recording(
     bad = run("models", "verify", NAME)
     assert bad.code == 3
     assert f"{RECORDING} gives '现在几点' instead of '{TEXT}'; run: edge-asr models remove" in bad.err
+
+
+def spoil(engine: Path, scale: str) -> None:
+    """Write another scale of the inputs into an engine, and the manifest that goes with it."""
+    manifest = read_manifest(engine)
+    assert manifest is not None
+    encoder = engine / manifest.encoder
+    model = onnx.load(str(encoder), load_external_data=False)
+    for entry in model.metadata_props:
+        if entry.key == "input_scale":
+            entry.value = scale
+    encoder.write_bytes(model.SerializeToString())
+    files = {**manifest.files, manifest.encoder: describe_file(encoder)}
+    write_manifest(engine, dataclasses.replace(manifest, files=files))
+
+
+@pytest.mark.parametrize(("scale", "why"), [("0.0001", f"{RECORDING} gives '"), ("much", "its engine lacks")])
+def test_verify_tries_the_engine_as_well(server: ModelServer, run: Run, state: Path, scale: str, why: str) -> None:
+    run("models", "pull", NAME, "-y")
+    assert run("models", "verify", NAME).code == 0
+    assert not (state / "engines").exists()
+    assert run("build-engine", "--model", NAME, "--target", "onnx-int8").code == 0
+    assert run("models", "verify", NAME).out == f"{NAME}: verified\n"
+    [engine] = (state / "engines").iterdir()
+    spoil(engine, scale)
+    bad = run("models", "verify", NAME)
+    assert (bad.code, bad.out) == (3, "")
+    assert bad.err.startswith(f"{NAME}: {engine}: the engine: ")
+    assert why in bad.err
+    assert bad.err.endswith(f"; run: edge-asr build-engine --model {NAME}\n")
+    assert run("models", "pull", NAME, "-y").code == 0
+    assert run("models", "verify", NAME, "-o", "engine.target=onnx-fp32").code == 0
+
+
+def test_verify_tries_the_engine_that_is_configured(server: ModelServer, run: Run, state: Path, tmp_path: Path) -> None:
+    run("models", "pull", NAME, "-y")
+    place = tmp_path / "engine"
+    assert run("build-engine", "--model", NAME, "--target", "onnx-int8", "--out", str(place)).code == 0
+    spoil(place, "0.0001")
+    assert run("models", "verify", NAME).code == 0
+    assert f"{NAME}: {place}: the engine: " in run("models", "verify", NAME, "-o", f"engine.dir={place}").err
+
+
+def test_a_removed_model_takes_its_engine_along(server: ModelServer, run: Run, state: Path) -> None:
+    run("models", "pull", NAME, "-y")
+    assert run("build-engine", "--model", NAME, "--target", "onnx-int8").code == 0
+    assert len(list((state / "engines").iterdir())) == 1
+    other = state / "engines" / f"{NAME}-00000000"
+    other.mkdir()
+    (state / "models" / NAME / "tokens.json").write_bytes(b"damaged")
+    assert run("models", "remove", NAME).out == f"{NAME}: removed\n"
+    assert list((state / "engines").iterdir()) == [other]
+
+
+def test_the_engine_of_a_model_that_was_deleted_by_hand_can_be_removed(
+    server: ModelServer, run: Run, state: Path
+) -> None:
+    run("models", "pull", NAME, "-y")
+    assert run("build-engine", "--model", NAME, "--target", "onnx-int8").code == 0
+    shutil.rmtree(state / "models" / NAME)
+    assert run("models", "remove", NAME).code == 0
+    assert not any((state / "engines").iterdir())
+    assert run("models", "remove", NAME).code == 2
+
+
+def test_what_cannot_be_deleted_is_one_line_and_leaves_the_model(
+    server: ModelServer, run: Run, state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(folder: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    run("models", "pull", NAME, "-y")
+    assert run("build-engine", "--model", NAME, "--target", "onnx-int8").code == 0
+    [engine] = (state / "engines").iterdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", refuse)
+        refused = run("models", "remove", NAME)
+    assert (refused.code, refused.out) == (1, "")
+    assert refused.err == f"edge-asr: {engine}: cannot be deleted: Permission denied; remove it again\n"
+    assert run("models", "verify", NAME).code == 0
+    assert f"* {NAME}" in run("models", "list").out
 
 
 def test_progress_is_a_bar_in_a_terminal_and_lines_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,19 +68,25 @@ class Store:
         except (BundleError, AudioError) as error:
             raise BundleError(f"{error}; {remedy}") from error
 
-    def remove(self, entry: Entry) -> None:
-        """Delete a model and what there is of it. Raises ConfigError for the bundled one, or where there is nothing."""
+    def remove(self, entry: Entry, engine: Path) -> None:
+        """Delete a model, what there is of it, and the folder of its engine.
+
+        Raises ConfigError for the bundled one, or where there is nothing, EdgeAsrError where it cannot be deleted.
+        """
         if entry is BUNDLED:
             raise ConfigError(f"{entry.name} is the bundled model and stays; remove a pulled one")
-        if not self.is_here(entry) and not self.is_begun(entry):
+        if not self.is_here(entry) and not self.is_begun(entry) and not engine.is_dir():
             raise ConfigError(f"{entry.name} is not here, so there is nothing to remove; see: edge-asr models list")
         with self._locked(entry):
+            if engine.is_dir():  # before the model: what is interrupted here can be asked for again
+                _delete(engine)
             if pulled_last(self._folder) == entry.name:
                 (self._folder / PULLED_LAST).unlink()
             if self.is_here(entry):  # renamed first: half a model is never at its place
                 shutil.rmtree(self._partial(entry), ignore_errors=True)
                 self.folder_of(entry).rename(self._partial(entry))
-            shutil.rmtree(self._partial(entry))
+            if self.is_begun(entry):
+                _delete(self._partial(entry))
 
     def _bring(self, entry: Entry, fetch: Fetch, progress: Progress) -> None:
         partial = self._partial(entry)
@@ -104,10 +110,8 @@ class Store:
 
     def _prove(self, entry: Entry, folder: Path) -> None:
         """Raise BundleError where the recordings of a model do not give their published texts."""
-        texts = self._transcribe(folder, [folder / golden.recording for golden in entry.goldens])
-        for golden, text in zip(entry.goldens, texts, strict=True):
-            if "".join(text.split()) != "".join(golden.text.split()):
-                raise BundleError(f"{golden.recording} gives '{text}' instead of '{golden.text}'")
+        if wrong := difference(entry, self._transcribe(folder, recordings(entry, folder))):
+            raise BundleError(wrong)
 
     def _write_default(self, name: str) -> None:
         written = self._folder / f".{PULLED_LAST}"
@@ -135,6 +139,19 @@ class Store:
             except BlockingIOError as error:
                 raise EdgeAsrError(f"{entry.name}: is being pulled or removed already; wait for that") from error
             yield
+
+
+def recordings(entry: Entry, folder: Path) -> list[Path]:
+    """Return the recordings of a model in `folder` whose texts were published."""
+    return [folder / golden.recording for golden in entry.goldens]
+
+
+def difference(entry: Entry, texts: Sequence[str]) -> str | None:
+    """Return how the texts of a model's recordings differ from the published ones; None where they do not."""
+    for golden, text in zip(entry.goldens, texts, strict=True):
+        if "".join(text.split()) != "".join(golden.text.split()):
+            return f"{golden.recording} gives '{text}' instead of '{golden.text}'"
+    return None
 
 
 def find_in(folder: Path, entry: Entry) -> Path:
@@ -190,6 +207,13 @@ def _problems(entry: Entry, folder: Path) -> Iterator[str]:
             check(folder / file.path, file)
         except WrongFileError as error:
             yield f"{file.path}: {error}"
+
+
+def _delete(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:  # of another user, or something is being written there
+        raise EdgeAsrError(f"{folder}: cannot be deleted: {error.strerror or error}; remove it again") from error
 
 
 def _pull(entry: Entry) -> str:
