@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from bench.contestants import EDGE_ASR, FP32, FUNASR, INT8, SHERPA, Samples
-from bench.results import MEMORY_S, Case, LeftOut, Load, Results, Run
+from bench.results import FIRST_S, MEMORY_S, Case, LeftOut, Load, Results, Run
 from edge_asr.errors import EdgeAsrError, EngineError
 from edge_asr.recognizer.bundle import Bundle
 from edge_asr.types import SAMPLE_RATE
@@ -71,9 +71,15 @@ def enter(project: str, precision: str, bundle: Bundle, engines: Path, work: Pat
         FUNASR: lambda: _funasr_graph(precision, bundle),
     }[project]()
     entry = Entry(project, precision, bundle.folder.resolve(), model.resolve(), _tokens(bundle, work))
-    for path in [model] if model.is_file() else model.iterdir():
-        path.read_bytes()  # everybody loads from the file cache
+    _read_into_cache(model)
     return entry
+
+
+def _read_into_cache(model: Path) -> None:
+    """Read a graph, or the files of an engine: everybody loads from the file cache."""
+    for path in [model] if model.is_file() else model.iterdir():
+        if path.is_file():
+            path.read_bytes()
 
 
 def _engine(precision: str, bundle: Bundle, engines: Path) -> Path:
@@ -126,8 +132,8 @@ def _tokens(bundle: Bundle, work: Path) -> Path:
 class Child:
     """A contestant's process."""
 
-    def __init__(self, entry: Entry, threads: int, cores: Sequence[int]) -> None:
-        """Start it and wait until it can answer. Raises OutError."""
+    def __init__(self, entry: Entry, threads: int, cores: Sequence[int], sound: Path) -> None:
+        """Start it, wait until it can answer, and let it recognise a sound, the first one. Raises OutError."""
         self.entry = entry
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the child
         started = time.perf_counter()
@@ -136,10 +142,13 @@ class Child:
         )
         try:
             ready = self._read()
+            load_ms = (time.perf_counter() - started) * 1e3
+            self.run(sound)
         except BaseException:  # nobody else would end it
             self.close()
             raise
-        self.load = Load(entry.name, threads, (time.perf_counter() - started) * 1e3, ready["peak_mb"])
+        first_answer_ms = (time.perf_counter() - started) * 1e3
+        self.load = Load(entry.name, threads, load_ms, ready["peak_mb"], first_answer_ms)
 
     def run(self, sound: Path) -> Run:
         """Let it recognise a sound. Raises OutError."""
@@ -220,8 +229,9 @@ class Bench:
         children: list[Child] = []
         for entry in self._entries:
             self._tick(f"{entry.name} loads, {threads} threads")
+            time.sleep(SETTLE_S)
             try:
-                child = Child(entry, threads, cores)
+                child = Child(entry, threads, cores, self._sounds[FIRST_S])
             except OutError as error:
                 self._results.left_out.append(LeftOut(entry.name, threads, str(error)))
                 continue
@@ -300,7 +310,7 @@ def _siblings(core: int) -> str:
 def write_sounds(lengths: Sequence[float], sound: Samples | None, work: Path) -> dict[float, Path]:
     """Write the samples of each length, of `sound` over and over, or of white noise; return the files."""
     paths = {}
-    for seconds in {*lengths, MEMORY_S}:
+    for seconds in {*lengths, FIRST_S, MEMORY_S}:
         count = int(SAMPLE_RATE * seconds)
         samples = np.resize(sound, count) if sound is not None else noise(count)
         paths[seconds] = work / f"{seconds:g}s.npy"

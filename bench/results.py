@@ -10,6 +10,8 @@ OURS, OURS_FP32, SHERPA_INT8 = "edge_asr int8", "edge_asr fp32", "sherpa-onnx in
 NETWORKS = ("encoder", "decoder")
 MEMORY_S = 30.0
 """How much audio memory is measured with: the longest segment that can be configured."""
+FIRST_S = 2.0
+"""How much audio the first answer is for."""
 
 AGAINST_SHERPA = 3.0
 AGAINST_FASTEST = 2.5
@@ -19,6 +21,7 @@ LONG_S, SHORT_S = 10.0, (2.0, 5.0)
 OUTSIDE_SHARE = 0.03
 INT8_MEMORY, FP32_MEMORY, MEMORY_BASE_MB = 2.2, 1.7, 150.0
 """How many times the published graph's size, and megabytes on top."""
+FIRST_ANSWER_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,12 +96,16 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """The start of a contestant: from the process's start until it can answer."""
+    """The start of a contestant."""
 
     contestant: str
     threads: int
     ms: float
+    """From the process's start until it can answer."""
     peak_mb: float
+    """Until then."""
+    first_answer_ms: float
+    """From the process's start until it has recognised FIRST_S of audio for the first time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +138,10 @@ class Results:
         """Return a case; None where it was not measured."""
         wanted = (contestant, threads, seconds)
         return next((case for case in self.cases if (case.contestant, case.threads, case.seconds) == wanted), None)
+
+    def load(self, contestant: str, threads: int) -> Load | None:
+        """Return how a contestant started; None where that was not measured."""
+        return next((load for load in self.loads if (load.contestant, load.threads) == (contestant, threads)), None)
 
     def median_ms(self, contestant: str, threads: int, seconds: float) -> float | None:
         """Return the median of a case; None where it was not measured."""
@@ -171,8 +182,8 @@ class Results:
         case = next((case for case in self.memory if case.contestant == contestant), None)
         if case is None:
             return None
-        loads = [load.peak_mb for load in self.loads if (load.contestant, load.threads) == (contestant, case.threads)]
-        return max([case.peak_mb, *loads])
+        load = self.load(contestant, case.threads)
+        return max(case.peak_mb, load.peak_mb if load else 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +217,7 @@ def bars(results: Results) -> list[Bar]:
         *_each(lengths, lambda s: _outside(results, s)),
         _memory(results, OURS, "int8", INT8_MEMORY),
         _memory(results, OURS_FP32, "fp32", FP32_MEMORY),
+        _first_answer(results),
     ]  # fmt: skip
 
 
@@ -235,6 +247,16 @@ def _memory(results: Results, contestant: str, precision: str, factor: float) ->
     return Bar(
         what, f"at most {limit:.0f} MB ({factor:g} x {size:.0f} + {MEMORY_BASE_MB:g})", f"{ours:.0f} MB", ours <= limit
     )
+
+
+def _first_answer(results: Results) -> Bar:
+    """Hold our start against what somebody waits for: loading, and the first recognition, which takes longer."""
+    load = results.load(OURS, min(results.threads))
+    what, wanted = f"start to first answer for {FIRST_S:g} s, {OURS}", f"below {FIRST_ANSWER_S:g} s"
+    if load is None:
+        return Bar(what, wanted, "", None)
+    seconds = load.first_answer_ms / 1e3
+    return Bar(what, wanted, f"{seconds:.2f} s", seconds < FIRST_ANSWER_S)
 
 
 def _quotient(dividend: float | None, divisor: float | None) -> float | None:

@@ -1,16 +1,20 @@
-"""The bench against peers: what follows from its measurements; nothing here measures."""
+"""The bench against peers: what follows from its measurements, and how a contestant's start is measured."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from bundled import BUNDLE
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # bench is not part of the package
 
-from bench import report
-from bench.results import OURS, SHERPA_INT8, Bar, Case, LeftOut, Load, Results, Run, bars
+from bench import measure, report
+from bench.contestants import EDGE_ASR, INT8
+from bench.results import OURS, OURS_FP32, SHERPA_INT8, Bar, Case, LeftOut, Load, Results, Run, bars
+from edge_asr.recognizer.bundle import read_bundle
 
 FP32_PEER = "funasr-onnx fp32"
 STAGES = {"features": 0.2, "encoder": 70.0, "cif": 0.3, "decoder": 28.0}
@@ -85,6 +89,7 @@ def test_the_bar_against_sherpa_is_three_times(ours: float, reached: bool) -> No
         ("10 s, 1 thread: outside the two networks", "below 3%"),
         ("memory with 30 s, edge_asr int8", "at most 2.2 x the int8 graph + 150 MB"),
         ("memory with 30 s, edge_asr fp32", "at most 1.7 x the fp32 graph + 150 MB"),
+        ("start to first answer for 2 s, edge_asr int8", "below 10 s"),
     ],
 )
 def test_a_bar_without_measurements_is_not_reached_and_not_missed(what: str, wanted: str) -> None:
@@ -108,8 +113,48 @@ def test_memory_counts_loading_too() -> None:
     found.memory = [case(OURS, 1, 30, 1, peak_mb=300)]
     what, limit = "memory with 30 s, edge_asr int8", "at most 370 MB (2.2 x 100 + 150)"
     assert bar(found, what) == Bar(what, limit, "300 MB", True)
-    found.loads = [Load(OURS, 1, 1, peak_mb=371)]
+    found.loads = [Load(OURS, 1, 1, peak_mb=371, first_answer_ms=2)]
     assert bar(found, what) == Bar(what, limit, "371 MB", False)
+
+
+@pytest.mark.parametrize(("ms", "measured", "reached"), [(9_990, "9.99 s", True), (10_000, "10.00 s", False)])
+def test_the_first_answer_comes_within_ten_seconds_of_the_start(ms: float, measured: str, reached: bool) -> None:
+    found = results()
+    found.loads = [Load(OURS, 2, 1, 1, 20_000), Load(OURS_FP32, 1, 1, 1, 20_000), Load(OURS, 1, 1, 1, ms)]
+    what = "start to first answer for 2 s, edge_asr int8"
+    assert bar(found, what) == Bar(what, "below 10 s", measured, reached)
+
+
+# A contestant's start
+
+
+class Slow(measure.Entry):
+    """A contestant that takes 0.2 s to load, and 0.3 s to answer for the first time."""
+
+    def command(self, threads: int, cores: Sequence[int]) -> list[str]:
+        answer = '{"ms": 300, "tokens": 1, "characters": 1, "peak_mb": 90}'
+        said = f"time.sleep(0.2); print('{{\"peak_mb\": 70}}', flush=True); input(); time.sleep(0.3); print('{answer}')"
+        return [sys.executable, "-c", f"import time; {said}"]
+
+
+def test_load_and_first_answer_count_from_the_start_of_the_process(tmp_path: Path) -> None:
+    child = measure.Child(Slow(EDGE_ASR, INT8, tmp_path, tmp_path, tmp_path), 1, [], tmp_path / "2s.npy")
+    child.close()
+    load = child.load
+    assert (load.contestant, load.threads, load.peak_mb) == (OURS, 1, 70)
+    assert load.ms >= 200
+    assert load.first_answer_ms >= load.ms + 300
+
+
+def test_the_sound_of_the_first_answer_is_there_whatever_is_measured(tmp_path: Path) -> None:
+    assert set(measure.write_sounds([5.0], None, tmp_path)) == {2.0, 5.0, 30.0}
+
+
+def test_folders_within_an_engine_are_no_files_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = tmp_path / "engine"
+    (engine / ".building").mkdir(parents=True)
+    monkeypatch.setattr(measure, "_engine", lambda *_: engine)
+    assert measure.enter(EDGE_ASR, INT8, read_bundle(BUNDLE), tmp_path, tmp_path).model == engine.resolve()
 
 
 # The document
@@ -147,7 +192,8 @@ def test_reasons_name_files_without_their_folders() -> None:
 
 def test_every_table_has_rows_as_wide_as_its_head() -> None:
     found = results(*(case(name, n, s, 10, 20) for name in (OURS, FP32_PEER) for n in (1, 2) for s in (2.0, 5.0)))
-    found.loads = [Load(OURS, 1, 500, 120)]
+    found.loads = [Load(OURS, 1, 500, 120, 600)]
+    assert "| edge_asr int8 | 500 | 600 | 120 | 100 |" in report.section(found, CIRCUMSTANCES, "plot.svg")
     for table in report.section(found, CIRCUMSTANCES, "plot.svg").split("\n\n"):
         widths = {line.count("|") for line in table.splitlines() if line.startswith("|")}
         assert len(widths) <= 1, table
