@@ -20,8 +20,8 @@ SIZES = ["tiny", *(pytest.param(size, marks=pytest.mark.slow) for size in ("smal
 LOG_PROBABILITY, ALPHA = 1e-3, 1e-4
 """What may be between FunASR and us."""
 OWN_FEATURES: dict[Size, float] = {"tiny": 1e-3, "small": 2e-3, "large": 1e-3}
-"""The same of log-probabilities where our filterbank makes the features: kaldi's Fourier transform rounds otherwise than
-numpy's, and over a long utterance that moves the boundaries of tokens a little (1.1e-3 was measured)."""
+"""The same of log-probabilities where our filterbank makes the features: kaldi's Fourier transform rounds otherwise
+than numpy's, and over a long utterance that moves the boundaries of tokens a little (1.1e-3 was measured)."""
 BATCHED = 1e-4
 Decodings = list[tuple[Golden, Decoded]]
 
