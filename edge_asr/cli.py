@@ -7,8 +7,9 @@ import io
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, NoReturn
 
 import typer
@@ -62,10 +63,10 @@ def read_config(
     overrides: Sequence[str] | None,
     model: str | None = None,
     sources: Sequence[dict[str, str]] = (),
-    engine: Path | None = None,
+    options: Mapping[str, tuple[str, object]] = MappingProxyType({}),
 ) -> Config:
-    """Return the configuration that a command's `--config`, `-o`, `--model`, `--engine` and `--source` ask for."""
-    return load_config(config, overrides or (), sources=sources, model=model, engine=engine)
+    """Return the configuration that a command's `--config`, `-o`, `--model`, `--source` and own options ask for."""
+    return load_config(config, overrides or (), sources=sources, model=model, options=options)
 
 
 def _print_version(wanted: bool) -> None:
@@ -102,7 +103,7 @@ def transcribe(
     override: OverrideOption = None,
 ) -> None:
     """Print what is said in files."""
-    settings = read_config(config, override, model, engine=engine)
+    settings = read_config(config, override, model, options={"--engine": ("engine.dir", engine)})
     from edge_asr import logs
     from edge_asr.app import transcribe_files
 
@@ -168,8 +169,8 @@ def build_engine(
     override: OverrideOption = None,
 ) -> None:
     """Make of a model what this machine runs fastest; print the path of the manifest."""
-    chosen = [*(override or ()), *([f"engine.target={target}"] if target is not None else [])]
-    settings = read_config(config, chosen, model, engine=out)
+    own = {"--target": ("engine.target", target), "--out": ("engine.dir", out)}
+    settings = read_config(config, override, model, options=own)
     from edge_asr import cli_engine
 
     cli_engine.build(settings, if_needed)
@@ -191,8 +192,8 @@ def bench_decode(
     override: OverrideOption = None,
 ) -> None:
     """Measure how long the recogniser takes, stage by stage."""
-    chosen = [*(override or ()), *([f"engine.threads={threads}"] if threads is not None else [])]
-    settings = read_config(config, chosen, model, engine=engine)
+    own = {"--engine": ("engine.dir", engine), "--threads": ("engine.threads", threads)}
+    settings = read_config(config, override, model, options=own)
     from edge_asr import cli_bench, logs
 
     logs.set_up(settings.log.level)
@@ -244,8 +245,7 @@ def pull_model(
     """Bring a model here: resumed where it broke off, verified, and tried on its own test recording."""
     if sum(place is not None for place in (source, mirror, folder)) > 1:
         raise ConfigError("--source, --mirror and --from exclude each other; give one")
-    chosen = [*(override or ()), *([f"models.mirror={mirror}"] if mirror is not None else [])]
-    settings = read_config(config, chosen, ANY_MODEL)
+    settings = read_config(config, override, ANY_MODEL, options={"--mirror": ("models.mirror", mirror)})
     from edge_asr import cli_models
 
     cli_models.pull(settings, name, source, folder, accepted=accepted, default=not no_default)

@@ -34,12 +34,13 @@ def load_config(
     *,
     sources: Sequence[Mapping[str, str]] = (),
     model: str | Path | None = None,
-    engine: Path | None = None,
+    options: Mapping[str, tuple[str, object]] = types.MappingProxyType({}),
 ) -> Config:
     """Merge defaults, the file, `EDGE_ASR_*` variables and `section.key=value` overrides, in rising order.
 
-    `sources`, where given, replace those of file and environment, and overrides refine them; `model` and `engine` rise
-    above all.
+    `sources`, where given, replace those of file and environment, and overrides refine them; `model` and `options` rise
+    above all. `options` are a command's own, with key and value: `{"--target": ("engine.target", "auto")}`; None: not
+    given.
     Raises ConfigError with all problems at once, one a line.
     """
     draft = _Draft()
@@ -58,8 +59,9 @@ def load_config(
             draft.problems.append(f"-o {_shorten(option)}: should be section.key=value, such as -o mqtt.port=1884")
     if model is not None:
         draft.set_value(("model",), model, "--model")
-    if engine is not None:
-        draft.set_value(("engine", "dir"), str(engine), "--engine")
+    for name, (key, value) in options.items():
+        if value is not None:
+            draft.set_value(tuple(key.split(".")), value, name)
     return draft.validate()
 
 
