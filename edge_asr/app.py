@@ -11,6 +11,7 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from edge_asr import __version__, metrics
@@ -20,7 +21,7 @@ from edge_asr.audio.stdin import StdinSource
 from edge_asr.budget import LatencyBudget, RecentResponses
 from edge_asr.config import Config, FileSourceConfig, GatesConfig, SegmentConfig, SourceConfig
 from edge_asr.errors import EdgeAsrError
-from edge_asr.loader import Recognizer, load_recognizer
+from edge_asr.loader import EngineBuild, Recognizer, load_recognizer
 from edge_asr.pipeline import Gates, Labels, Listener, TranscriptSink
 from edge_asr.publish.mqtt import MqttPublisher
 from edge_asr.recognizer.bundle import Bundle, read_bundle
@@ -89,6 +90,7 @@ class Daemon:
         """Read the bundle. Raises BundleError and ConfigError."""
         self._config = config
         self._bundle = read_bundle(config.model)
+        self._build = EngineBuild(partial(self._publish_state, "starting", "its engine is being built"))
         self._scheduler = Scheduler(self._load)
         self._engine: str | None = None
         self._budget = LatencyBudget(config.budget.response_ms)
@@ -176,7 +178,7 @@ class Daemon:
 
     def _load(self) -> Recognizer:
         """Load the model, on the inference thread."""
-        recognizer = load_recognizer(self._bundle, self._config.engine, self._config.state_dir)
+        recognizer = load_recognizer(self._bundle, self._config.engine, self._config.state_dir, self._build)
         self._engine = recognizer.engine
         return recognizer
 
@@ -228,6 +230,8 @@ class Daemon:
 
     async def _stop_model(self) -> None:
         loaded = self._engine is not None
+        if not loaded:
+            await asyncio.to_thread(self._build.cancel)  # else it would go on without us, beside that of the next start
         self.abandoned_inference = not await self._scheduler.close(self._drain_left_s() if loaded else 0)
         if self.abandoned_inference:
             what = "the inference under way takes too long and" if loaded else "the loading of the model"

@@ -28,7 +28,7 @@ def build(config: Config, if_needed: bool) -> None:
         except ImportError as error:
             raise EngineError(f"an engine cannot be built without {error.name}: pip install 'edge-asr[cpu]'") from error
         with _shown() as progress:
-            manifest = build_engine(bundle, target, folder, config.engine.threads, progress)
+            manifest = build_engine(bundle, target, folder, config.engine.threads, progress, if_needed)
     _say(f"{bundle.name}: {manifest.engine}; {manifest.why}")
     print(folder / FILE)
 

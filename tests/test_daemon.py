@@ -304,6 +304,36 @@ def test_a_daemon_that_is_still_loading_ends_within_two_seconds(broker: Mosquitt
         subscriber.wait_for(is_offline, "offline")
 
 
+BUILDING = """
+import sys
+from pathlib import Path
+from edge_asr import cli, loader
+
+pid = Path(sys.argv.pop(1))
+loader._command = lambda *given: ["sh", "-c", f"echo $$ > {pid}.new; mv {pid}.new {pid}; exec sleep 60"]
+cli.main()
+"""
+
+
+def test_a_daemon_whose_engine_is_being_built_says_so_and_takes_the_build_with_it(
+    broker: Mosquitto, start: Start, tmp_path: Path
+) -> None:
+    pid = tmp_path / "pid"
+    with Subscriber(broker.port) as subscriber:
+        daemon = start(broker.port, "--source", "stdin", "-o", f"state_dir={tmp_path / 'state'}",
+                       program=("-c", BUILDING, str(pid)))  # fmt: skip
+        wait_for(pid.exists, "the build")
+        subscriber.wait_for(lambda s: "built" in s.on("state")[-1].json["why"], "that it is being built")
+        state = subscriber.on("state")[-1].json
+        assert (state["state"], state["why"]) == ("starting", "its engine is being built")
+        assert daemon.stop() == 0
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid.read_text()), 0)
+        assert daemon.complaints == []
+        assert "runs whole" not in daemon.log
+        subscriber.wait_for(is_offline, "offline")
+
+
 def test_a_daemon_that_plays_a_file_ends_within_two_seconds_too(broker: Mosquitto, start: Start) -> None:
     with Subscriber(broker.port) as subscriber:
         daemon = start(broker.port, *played(NAMES[1]))
@@ -503,7 +533,7 @@ def recognizer(monkeypatch: pytest.MonkeyPatch) -> Callable[[Scripted], Scripted
     """Return what puts a recogniser in the place of the bundled one."""
 
     def use(scripted: Scripted) -> Scripted:
-        monkeypatch.setattr(app, "load_recognizer", lambda bundle, config, state_dir: scripted)
+        monkeypatch.setattr(app, "load_recognizer", lambda *given: scripted)
         return scripted
 
     return use

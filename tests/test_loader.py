@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import logging
+import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,15 +20,24 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from bundled import BUNDLE, engine_of, recording, sound_of, transcripts
+from bundled import BUNDLE, REPOSITORY, engine_of, recording, sound_of, transcripts
+from mosquitto import PATIENCE_S, wait_for
 
 from edge_asr import cli, loader
 from edge_asr.catalogue import CATALOGUE
 from edge_asr.config import EngineConfig
 from edge_asr.errors import BundleError, EngineError
-from edge_asr.loader import Recognizer, engine_folder, existing, load_engine, load_recognizer
+from edge_asr.loader import EngineBuild, Recognizer, engine_folder, existing, load_engine, load_recognizer
 from edge_asr.recognizer.bundle import FP32, INT8, Bundle, read_bundle
-from edge_asr.recognizer.manifest import FILE, describe_source, read_manifest, write_manifest
+from edge_asr.recognizer.manifest import (
+    FILE,
+    Manifest,
+    check_files,
+    describe_file,
+    describe_source,
+    read_manifest,
+    write_manifest,
+)
 from edge_asr.recognizer.paraformer import Paraformer
 from edge_asr.recognizer.whole import WholeParaformer
 
@@ -62,6 +76,7 @@ def built(folder: Path, state: Path) -> Path:
     """The folder of the copied bundle's engine, which is there already."""
     place = engine_folder(read_bundle(folder), state)
     shutil.copytree(engine_of(FP32), place)
+    edit(place, model="a-model")
     return place
 
 
@@ -70,7 +85,7 @@ def builds(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Where engines are built; what is built comes ready-made, for a real build takes a second."""
     folders: list[Path] = []
 
-    def build(bundle: Bundle, folder: Path, config: EngineConfig) -> None:
+    def build(child: EngineBuild, bundle: Bundle, folder: Path, config: EngineConfig) -> None:
         folders.append(folder)
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(engine_of(config.target), folder)
@@ -78,7 +93,7 @@ def builds(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         assert manifest is not None
         write_manifest(folder, dataclasses.replace(manifest, source=describe_source(bundle.graph)))
 
-    monkeypatch.setattr(loader, "_build", build)
+    monkeypatch.setattr(EngineBuild, "run", build)
     return folders
 
 
@@ -86,14 +101,27 @@ def builds(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 def children(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """The commands of all children, which run all the same."""
     commands: list[list[str]] = []
-    run = subprocess.run
+    start = subprocess.Popen
 
-    def counted(command: list[str], **keys: Any) -> subprocess.CompletedProcess[Any]:
+    def counted(command: list[str], **keys: Any) -> subprocess.Popen[Any]:
         commands.append(command)
-        return run(command, **keys)
+        return start(command, **keys)
 
-    monkeypatch.setattr(subprocess, "run", counted)
+    monkeypatch.setattr(subprocess, "Popen", counted)
     return commands
+
+
+@pytest.fixture
+def child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Return what puts a line of shell in the place of Python, which builds engines."""
+
+    def use(script: str) -> None:
+        path = tmp_path / "python"
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(path))
+
+    return use
 
 
 def check(recognizer: Recognizer, kind: type[Recognizer], engine: str = FP32) -> None:
@@ -126,7 +154,7 @@ def test_an_engine_is_built_once_by_a_child_and_used_from_then_on(
     check(load(), Paraformer)
     place = engine_folder(read_bundle(folder), state)
     [command] = children
-    assert command[1:4] == ["-m", "edge_asr", "build-engine"]
+    assert command[3] == "build-engine"
     assert caplog.messages == [f"building the engine of a-model, once for this machine, in {place}"]
     before = {path: path.stat().st_mtime_ns for path in place.iterdir()}
     manifest = read_manifest(place)
@@ -149,6 +177,42 @@ def test_the_child_takes_a_folder_for_no_name_of_the_catalogue(
     check(load_recognizer(bundle, EngineConfig(target="onnx-fp32", threads=1), Path("state")), Paraformer)
     assert len(children) == 1
     assert existing(bundle, engine_folder(bundle, tmp_path / "state"), FP32) is not None
+
+
+def test_an_engine_that_another_process_builds_meanwhile_is_not_built_again(
+    load: Load, folder: Path, state: Path, children: list[list[str]]
+) -> None:
+    place = engine_folder(read_bundle(folder), state)
+    place.mkdir(parents=True)
+    handle = os.open(place, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)  # as a build does
+    loading = threading.Thread(target=load)
+    loading.start()
+    wait_for(lambda: children, "the child")
+    shutil.copytree(engine_of(FP32), place, dirs_exist_ok=True)
+    before = {path: path.stat().st_ino for path in place.iterdir()}
+    os.close(handle)
+    loading.join(PATIENCE_S)
+    assert len(children) == 1
+    assert {path: path.stat().st_ino for path in place.iterdir()} == before
+
+
+def test_the_child_imports_what_the_parent_does_and_nothing_from_the_working_directory(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = tmp_path / "somebody's code"
+    (place / "edge_asr").mkdir(parents=True)
+    for module in ("yaml.py", "typer.py", "sitecustomize.py", "edge_asr/__init__.py", "edge_asr/cli.py"):
+        (place / module).write_text("raise SystemExit('edge-asr: a stray was imported')\n")
+    monkeypatch.chdir(place)
+    check(load(), Paraformer)
+    assert caplog.messages == []
+    package = tmp_path / "another"
+    package.mkdir()
+    (package / "onnx.py").write_text("raise SystemExit('edge-asr: as in the parent')\n")
+    monkeypatch.syspath_prepend(str(package))
+    check(load(INT8), WholeParaformer)
+    assert warned(caplog) == "as in the parent"
 
 
 def test_bundles_of_one_name_have_engines_of_their_own(folder: Path, tmp_path: Path, state: Path) -> None:
@@ -228,26 +292,38 @@ def no_network(folder: Path, engine: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "why"),
     [
-        change_the_graph, another_machine, another_schema, another_target, no_manifest, a_damaged_manifest,
-        a_flipped_bit, a_cut_network, no_network,
+        (change_the_graph, r": /.*/a-model/model\.onnx has changed since"),
+        (another_machine, ": it was built for aarch64, another, this is .*"),
+        (another_schema, r": /.*/manifest\.json: of another version of edge_asr \(edge_asr.engine/0\)"),
+        (another_target, ": it is onnx-int8, onnx-fp32 is wanted"),
+        (no_manifest, ""),
+        (a_damaged_manifest, r": /.*/manifest\.json: not a manifest \(.*\)"),
+        (a_flipped_bit, r": /.*/encoder-.*: damaged"),
+        (a_cut_network, r": /.*/decoder-.*\.onnx: damaged"),
+        (no_network, r": /.*/decoder-.*\.onnx: cannot be read \(.*\)"),
     ],
-)  # fmt: skip
+)
 def test_an_engine_that_is_stale_or_damaged_is_built_again(
     load: Load,
     folder: Path,
     built: Path,
     builds: list[Path],
     change: Callable[[Path, Path], None],
+    why: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level(logging.INFO)
     change(folder, built)
     check(load(), Paraformer)
     assert builds == [built]
     check(load(), Paraformer)
     assert builds == [built]
-    assert caplog.messages == [], "that is nobody's concern"
+    [record] = caplog.records
+    assert record.levelno == logging.INFO, "that is no cause for concern"
+    first = f"building the engine of a-model, once for this machine, in {built}"
+    assert re.fullmatch(re.escape(first) + why, record.getMessage())
 
 
 def test_another_target_builds_another_engine(load: Load, built: Path, builds: list[Path]) -> None:
@@ -298,6 +374,22 @@ def test_the_engine_option_of_transcribe_names_it(
     assert not state.exists()
 
 
+@pytest.mark.parametrize(
+    ("command", "line"),
+    [
+        (["build-engine", "--target", "foo"], "--target: engine.target: should be 'auto', 'onnx-int8' or 'onnx-fp32'"),
+        (["bench", "decode", "--threads", "999"], "--threads: engine.threads: should be less than or equal to 256"),
+        (["models", "pull", "x", "--mirror", "nas"], "--mirror: models.mirror: should be an address"),
+    ],
+)
+def test_an_option_is_named_as_it_was_typed(capfd: pytest.CaptureFixture[str], command: list[str], line: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*command, "-o", "engine.threads=1"])
+    out, err = capfd.readouterr()
+    assert (ended.value.code, out) == (2, "")
+    assert err.startswith(f"edge-asr: {line}")
+
+
 def test_a_folder_without_an_engine_is_refused_with_the_remedy(
     load: Load, folder: Path, tmp_path: Path, builds: list[Path]
 ) -> None:
@@ -336,6 +428,76 @@ def test_an_engine_that_was_named_and_does_not_fit_is_refused_not_replaced(
     assert caught.value.exit_code == 3
     assert builds == []
     assert {path: path.read_bytes() for path in built.iterdir()} == before
+
+
+@pytest.mark.parametrize("source", ["changed", "gone", "changed, and the configuration"])
+def test_an_engine_of_another_model_is_named_and_no_command_would_overwrite_it(
+    load: Load, folder: Path, built: Path, source: str
+) -> None:
+    edit(built, model="another-model")
+    if source == "gone":
+        (folder / "model.onnx").unlink()
+    else:
+        change_the_graph(folder, built)
+    if source.endswith("configuration"):
+        (folder / "config.yaml").write_text("predictor_conf: {tail_threshold: 0.3}\n")
+    with pytest.raises(EngineError) as caught:
+        load(dir=built)
+    assert str(caught.value) == (
+        f"{built}: does not fit: it was built of another-model, not of a-model; name its own engine's folder, or run"
+        f" edge-asr build-engine --model {folder} --out DIR first"
+    )
+
+
+def test_a_model_that_was_renamed_is_the_same_model(load: Load, built: Path) -> None:
+    edit(built, model="another-name")
+    check(load(dir=built), Paraformer)
+    edit(built, machine="another")
+    with pytest.raises(EngineError, match="does not fit: it was built for another, ") as caught:
+        load(dir=built)
+    assert str(caught.value).endswith(f" --out {built}")
+
+
+def swap_while_loading(monkeypatch: pytest.MonkeyPatch, built: Path) -> None:
+    """Let a build of another target end just after the files have been checked."""
+
+    def swapped(folder: Path, manifest: Manifest) -> None:
+        check_files(folder, manifest)
+        monkeypatch.setattr(loader, "check_files", check_files)
+        for name in manifest.files:
+            (built / name).unlink()
+        shutil.copytree(engine_of(INT8), built, dirs_exist_ok=True)
+
+    monkeypatch.setattr(loader, "check_files", swapped)
+
+
+def test_an_engine_that_is_replaced_while_it_is_loaded_is_loaded_as_it_is_now(
+    load: Load, built: Path, builds: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swap_while_loading(monkeypatch, built)
+    check(load("auto", dir=built), Paraformer, INT8)
+    shutil.rmtree(built)
+    shutil.copytree(engine_of(FP32), built)
+    swap_while_loading(monkeypatch, built)
+    with pytest.raises(EngineError, match="it is onnx-int8, onnx-fp32 is wanted"):
+        load(FP32, dir=built)
+    assert builds == []
+
+
+@pytest.mark.parametrize("network", ["encoder", "decoder"])
+def test_a_network_that_cannot_be_loaded_is_the_engines_fault(load: Load, built: Path, network: str) -> None:
+    manifest = read_manifest(built)
+    assert manifest is not None
+    path = built / (manifest.encoder if network == "encoder" else manifest.decoder)
+    path.write_bytes(b"no graph")
+    write_manifest(built, dataclasses.replace(manifest, files={**manifest.files, path.name: describe_file(path)}))
+    with pytest.raises(EngineError) as caught:
+        load(dir=built)
+    line = str(caught.value)
+    assert line.startswith(f"{path}: onnxruntime cannot load it")
+    assert line.endswith("; run edge-asr build-engine again")
+    assert "copy the bundle" not in line
+    assert "\n" not in line
 
 
 def test_of_an_engine_that_does_not_fit_transcribe_says_a_line(
@@ -379,7 +541,7 @@ def test_without_onnx_the_graph_runs_whole(
     hidden = tmp_path / "hidden" / "onnx"
     hidden.mkdir(parents=True)
     (hidden / "__init__.py").write_text("raise ModuleNotFoundError(\"No module named 'onnx'\", name='onnx')\n")
-    monkeypatch.setenv("PYTHONPATH", str(hidden.parent))
+    monkeypatch.syspath_prepend(str(hidden.parent))
     check(load(), WholeParaformer)
     assert warned(caplog) == "an engine cannot be built without onnx: pip install 'edge-asr[cpu]'"
     assert not list(state.rglob("*.onnx"))
@@ -453,12 +615,23 @@ def test_a_checkpoint_that_cannot_be_built_is_an_error(
     assert caplog.messages == [], "there is nothing that could run whole"
 
 
-def test_a_child_that_says_nothing_is_named_by_its_exit_code(
-    load: Load, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("exit 1", "build-engine ended with 1"),
+        ("echo 'a warning' >&2; exit 7", "build-engine ended with 7"),
+        ("echo 'edge-asr: one' >&2; echo 'edge-asr: two' >&2; echo 'a warning at exit' >&2; exit 3", "two"),
+        ("echo ' 10 % onnx-int8: reading' >&2; kill -KILL $$", "build-engine was killed by SIGKILL: out of memory?"),
+        ("kill -SEGV $$", "build-engine was killed by SIGSEGV"),
+        ("kill -40 $$", "build-engine was killed by signal 40"),
+    ],
+)
+def test_a_child_that_fails_is_known_by_its_last_line_for_the_user_or_by_how_it_ended(
+    load: Load, child: Callable[[str], None], caplog: pytest.LogCaptureFixture, script: str, reason: str
 ) -> None:
-    monkeypatch.setattr(sys, "executable", "/bin/false")
+    child(script)
     check(load(), WholeParaformer)
-    assert warned(caplog) == "build-engine ended with 1"
+    assert warned(caplog) == reason
 
 
 def test_a_child_that_cannot_be_started_leaves_the_graph_whole(
@@ -467,6 +640,86 @@ def test_a_child_that_cannot_be_started_leaves_the_graph_whole(
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     check(load(), WholeParaformer)
     assert warned(caplog).startswith("build-engine cannot be started (")
+
+
+# Ended before it is done
+
+
+def ended(pid_file: Path) -> bool:
+    """True where the process that has written its number is no more."""
+    try:
+        os.kill(int(pid_file.read_text()), 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("manners", ["", "trap '' TERM; "], ids=["polite", "deaf"])
+def test_a_build_that_is_cancelled_ends_its_child_and_nothing_runs_whole(
+    folder: Path,
+    state: Path,
+    tmp_path: Path,
+    child: Callable[[str], None],
+    manners: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    pid = tmp_path / "pid"
+    child(f"{manners}echo $$ > {pid}.new; mv {pid}.new {pid}; exec sleep 60")
+    begun, failures = [], []
+    build = EngineBuild(lambda: begun.append("told"))
+
+    def load() -> None:
+        try:
+            load_recognizer(read_bundle(folder), EngineConfig(threads=1), state, build)
+        except EngineError as error:
+            failures.append(error)
+
+    loading = threading.Thread(target=load)
+    loading.start()
+    wait_for(pid.exists, "the child")
+    build.cancel()
+    loading.join(PATIENCE_S)
+    assert ended(pid)
+    assert len(failures) == 1
+    assert begun == ["told"]
+    assert caplog.messages == []
+
+
+def test_after_a_cancel_no_child_is_started(folder: Path, state: Path, children: list[list[str]]) -> None:
+    begun: list[str] = []
+    build = EngineBuild(lambda: begun.append("told"))
+    build.cancel()
+    with pytest.raises(EngineError, match="cancelled"):
+        load_recognizer(read_bundle(folder), EngineConfig(threads=1), state, build)
+    assert (children, begun) == ([], [])
+
+
+IN_PLACE = """
+import sys
+from edge_asr import cli, loader
+loader._command = lambda *given: ["sh", "-c", "echo $$ > pid.new; mv pid.new pid; exec sleep 60"]
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("to", ["the process", "its group, as a terminal does"])
+def test_an_interrupt_of_transcribe_ends_the_child_too(tmp_path: Path, state: Path, to: str) -> None:
+    command = [sys.executable, "-c", IN_PLACE, "transcribe", "--model", str(BUNDLE), "-o", f"state_dir={state}"]
+    process = subprocess.Popen(
+        [*command, str(recording(NAME))],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    )  # fmt: skip
+    wait_for((tmp_path / "pid").exists, "the child")
+    (os.kill if to == "the process" else os.killpg)(process.pid, signal.SIGINT)
+    said, _ = process.communicate(timeout=PATIENCE_S)
+    assert ended(tmp_path / "pid")
+    assert process.returncode == 130
+    [line] = said.splitlines()
+    assert "building the engine of" in line
+
+
+# Both
 
 
 def test_both_ways_say_the_same(folder: Path, built: Path) -> None:
