@@ -11,7 +11,7 @@ import sys
 import tempfile
 import wave
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ GAP_S = 1.0
 """Silence between two samples."""
 ARRIVAL_S = 10.0
 """How long the last message may take after the daemon has published it."""
+SHUTDOWN_S = 5.0
+"""How long the broker may take to end."""
 
 GO_ON = """
 How to go on
@@ -82,11 +84,11 @@ async def _run(config: Config, keep: bool) -> int:
             assert showing is not None
             topic = f"{config.mqtt.base}/{config.device_id}/transcript"
             subscriber = Subscriber(port, topic, on_broken_pipe=showing.cancel)
-            print(f"broker     mqtt://{HOST}:{port}")
-            print(f"subscriber {subscriber.topic}")
-            print(f"microphone {len(samples)} sample recordings of {config.model.name}, at the pace of speech\n")
-            sys.stdout.flush()  # the first sentence takes a while
             try:
+                print(f"broker     mqtt://{HOST}:{port}")
+                print(f"subscriber {subscriber.topic}")
+                print(f"microphone {len(samples)} sample recordings of {config.model.name}, at the pace of speech\n")
+                sys.stdout.flush()  # the first sentence takes a while
                 missing = await _play(played, subscriber, [text for text, _ in samples])
                 print(GO_ON, flush=True)
                 while keep:
@@ -180,7 +182,9 @@ async def _broker(port: int) -> AsyncIterator[None]:
     try:
         yield
     finally:
-        await broker.shutdown()
+        # It waits for clients that are just connecting, for as long as they like.
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(broker.shutdown(), SHUTDOWN_S)
 
 
 def _free_port() -> int:
