@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from edge_asr.config import EngineConfig
+from edge_asr.config_reader import ENV_PREFIX
 from edge_asr.errors import BundleError, EngineError
 from edge_asr.recognizer.bundle import CHECKPOINT, Bundle
 from edge_asr.recognizer.manifest import REMEDY, Manifest, check_files, read_manifest, sha256_of, unfit
@@ -67,7 +69,7 @@ class EngineBuild:
             try:
                 self._child = subprocess.Popen(
                     command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors,
-                    text=True, errors="replace",
+                    text=True, errors="replace", env=_environment(),
                 )  # fmt: skip
             except OSError as error:
                 raise EngineError(f"build-engine cannot be started ({error})") from error
@@ -187,6 +189,11 @@ def _command(bundle: Bundle, folder: Path, config: EngineConfig) -> list[str]:
     # Another process may be building the same engine: then this one waits, and takes that.
     options = ["--target", config.target, "--if-needed", "-o", f"engine.threads={config.threads}"]
     return [sys.executable, "-c", code, "build-engine", *places, *options]
+
+
+def _environment() -> dict[str, str]:
+    """Return ours without the configuration in it, which may make no sense without the file that it refines."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
 
 
 def _end(child: subprocess.Popen[str]) -> None:

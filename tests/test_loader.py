@@ -215,6 +215,15 @@ def test_the_child_imports_what_the_parent_does_and_nothing_from_the_working_dir
     assert warned(caplog) == "as in the parent"
 
 
+def test_the_child_is_not_configured_by_the_environment_of_its_parent(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGE_ASR_SOURCES__1__REALTIME", "true")  # right only beside a file with two sources
+    recognizer = load()
+    assert isinstance(recognizer, Paraformer)
+    recognizer.close()
+
+
 def test_bundles_of_one_name_have_engines_of_their_own(folder: Path, tmp_path: Path, state: Path) -> None:
     shutil.copytree(folder, tmp_path / "other" / "a-model")
     places = [engine_folder(read_bundle(path), state) for path in (folder, tmp_path / "other" / "a-model")]
