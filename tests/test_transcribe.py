@@ -323,11 +323,18 @@ def peak_of(path: Path) -> tuple[list[dict[str, Any]], float]:
     """Transcribe a file in a process of its own; return the transcripts and the peak of its memory in MB."""
     output = path.with_suffix(".json")
     with output.open("wb") as out:
-        process = subprocess.Popen(command("--json", path), stdout=out)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0
-    return [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()], usage.ru_maxrss / 1024
+        # From a small process between: a child's peak begins with what its parent held, which may be much here.
+        code = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True);"
+        code += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, file=sys.stderr)"
+        done = subprocess.run(
+            [sys.executable, "-c", code, *command("--json", path)],
+            stdout=out,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+    peak_mb = int(done.stderr.split()[-1]) / 1024
+    return [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()], peak_mb
 
 
 def write_sparse_tape(path: Path, minutes: int) -> list[tuple[float, str]]:
