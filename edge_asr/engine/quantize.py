@@ -1,4 +1,4 @@
-"""fp32 weights to 8 bits, and the question whether this processor multiplies signed ones exactly."""
+"""fp32 weights to 8 bits, and back."""
 
 from __future__ import annotations
 

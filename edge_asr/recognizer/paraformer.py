@@ -35,6 +35,8 @@ class Decoded:
     """`[T]`: the share of a token in each frame."""
 
 
+USUAL_FRAMES = 512
+"""Half a minute, the longest segment that can be configured; more are computed when they come."""
 NOTHING = Decoded(np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0, np.float32))
 
 
@@ -58,7 +60,7 @@ class Paraformer:
         except (KeyError, ValueError) as error:
             raise EngineError(f"{bundle.folder}: its engine lacks {error}; run edge-asr build-engine again") from error
         check_vocabulary(bundle, vocabulary)
-        self._positions = position_encoding(0)
+        self._positions = position_encoding(USUAL_FRAMES)
         self.recognize(noise())  # the first run takes longer, and what is damaged shows
 
     def recognize(self, samples: Samples) -> Recognition:
