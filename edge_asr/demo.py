@@ -58,6 +58,7 @@ def run_demo(config: Config, keep: bool) -> int:
 
 async def _until_stopped(config: Config, keep: bool) -> int:
     """Run; SIGINT and SIGTERM stop everything in order, which is how `--keep` is meant to end."""
+    asyncio.get_running_loop().set_exception_handler(_complain)
     showing = asyncio.create_task(_run(config, keep), name="demo")
     for number in STOP_SIGNALS:
         asyncio.get_running_loop().add_signal_handler(number, showing.cancel)
@@ -65,6 +66,12 @@ async def _until_stopped(config: Config, keep: bool) -> int:
         return await showing
     except asyncio.CancelledError:
         return 0 if keep else 1
+
+
+def _complain(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Report what goes wrong in callbacks; a connection of the broker that is cancelled does not (Python < 3.12)."""
+    if not isinstance(context.get("exception"), asyncio.CancelledError):
+        loop.default_exception_handler(context)
 
 
 async def _run(config: Config, keep: bool) -> int:
