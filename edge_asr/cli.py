@@ -159,7 +159,7 @@ def build_engine(
     model: ModelOption = None,
     target: Annotated[
         str | None,
-        typer.Option("--target", metavar="auto|onnx-int8|onnx-fp32", help="engine.target for once."),
+        typer.Option("--target", metavar="auto|tensorrt-fp16|onnx|onnx-int8|onnx-fp32", help="engine.target for once."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Where to; engine.dir, or below state_dir if not given.")

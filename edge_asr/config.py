@@ -175,15 +175,49 @@ class ModelsConfig(Section):
     """A web server that has them as `<mirror>/<name>/<file>`; null: the hubs that the catalogue names."""
 
 
+class TensorRtConfig(Section):
+    """How TensorRT builds and runs an engine."""
+
+    softmax_fp16: bool = False
+    """The softmax of attention in half precision: fewer casts, for what rounding costs. Part of the plan."""
+    cuda_graphs: bool = False
+    """Replay a recorded sequence of launches instead of launching each kernel; memory for each length seen."""
+    mapped_memory: bool = False
+    """Let the GPU read and write the host's memory instead of copying: the two are one on a Jetson."""
+    workspace_mb: Integer | None = Field(default=None, ge=64, le=65_536)
+    """What the builder may take for trying kernels out; null: a share of what is free."""
+
+
+class CudaConfig(Section):
+    """onnxruntime's CUDA provider, the rung between TensorRT and the processor."""
+
+    enabled: bool = False
+    memory_limit_mb: Integer | None = Field(default=None, ge=64, le=1_048_576)
+    """The most it may take of the GPU's memory; null: no limit."""
+    arena: Literal["as-requested", "power-of-two"] = "as-requested"
+    """How its memory grows."""
+    search: Literal["default", "heuristic", "exhaustive"] = "heuristic"
+    """How it looks for the fastest convolution."""
+    cuda_graphs: bool = False
+    """Replay recorded launches, for segments filled up to fixed lengths."""
+
+
 class EngineConfig(Section):
     """How the recogniser runs the model."""
 
-    target: Literal["auto", "onnx-int8", "onnx-fp32"] = "auto"
-    """What is built for this machine; auto measures once which is faster."""
+    target: Literal["auto", "tensorrt-fp16", "onnx", "onnx-int8", "onnx-fp32"] = "auto"
+    """What is built for this machine. auto: tensorrt-fp16 where there are TensorRT and a GPU, else onnx; onnx measures
+    once which of its two is faster."""
+    strict: bool = False
+    """Refuse to run on a lesser engine than the target."""
     dir: UserPath | None = None
     """The folder of an engine that `edge-asr build-engine` made; null: one below `state_dir`, built when wanted."""
     threads: Integer = Field(default=0, ge=0, le=256)
     """Threads of one inference; 0 takes one for each physical core."""
+    gpu: Integer = Field(default=0, ge=0, le=63)
+    """Which GPU, by its number."""
+    tensorrt: TensorRtConfig = TensorRtConfig()
+    cuda: CudaConfig = CudaConfig()
 
 
 class FileSourceConfig(Section):

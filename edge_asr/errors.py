@@ -29,3 +29,11 @@ class EngineError(EdgeAsrError):
     """A loaded model failed, or does not fit this machine."""
 
     exit_code = 3
+
+
+class NotFiniteError(EngineError):
+    """An answer held infinity or NaN: another engine may do better on the same sound."""
+
+
+class BrokenEngineError(EngineError):
+    """An engine can compute nothing any more, as after an error of the GPU; it has to be loaded again."""

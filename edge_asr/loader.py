@@ -16,7 +16,7 @@ from edge_asr.config import EngineConfig
 from edge_asr.config_reader import ENV_PREFIX
 from edge_asr.errors import BundleError, EngineError
 from edge_asr.recognizer.bundle import CHECKPOINT, Bundle
-from edge_asr.recognizer.manifest import REMEDY, Manifest, check_files, read_manifest, sha256_of, unfit
+from edge_asr.recognizer.manifest import ONNX, REMEDY, TENSORRT, Manifest, check_files, read_manifest, sha256_of, unfit
 from edge_asr.recognizer.manifest import existing as existing  # who asks for an engine here finds all about it here
 from edge_asr.recognizer.onnx_network import OnnxNetwork
 from edge_asr.recognizer.paraformer import Paraformer
@@ -117,10 +117,14 @@ def load_whole(bundle: Bundle, threads: int) -> WholeParaformer:
     return WholeParaformer(bundle, OnnxNetwork(bundle.graph, threads), bundle.kind)
 
 
-def engine_folder(bundle: Bundle, state_dir: Path) -> Path:
-    """Return where the engine of a bundle lies unless configured: a folder for each place that bundles lie in."""
+def engine_folder(bundle: Bundle, state_dir: Path, target: str = ONNX) -> Path:
+    """Return where the engine of a bundle lies unless configured: a folder for each place that bundles lie in.
+
+    TensorRT's has one of its own, for onnxruntime's serves while it is built, and where it cannot run.
+    """
     place = hashlib.sha256(str(bundle.folder.resolve()).encode(errors="surrogateescape")).hexdigest()
-    return state_dir / "engines" / f"{bundle.name}-{place[:8]}"
+    suffix = f"-{target}" if target == TENSORRT else ""
+    return state_dir / "engines" / f"{bundle.name}-{place[:8]}{suffix}"
 
 
 class _UnfitError(EngineError):

@@ -386,7 +386,10 @@ def test_the_engine_option_of_transcribe_names_it(
 @pytest.mark.parametrize(
     ("command", "line"),
     [
-        (["build-engine", "--target", "foo"], "--target: engine.target: should be 'auto', 'onnx-int8' or 'onnx-fp32'"),
+        (
+            ["build-engine", "--target", "foo"],
+            "--target: engine.target: should be 'auto', 'tensorrt-fp16', 'onnx', 'onnx-int8' or 'onnx-fp32'",
+        ),
         (["bench", "decode", "--threads", "999"], "--threads: engine.threads: should be less than or equal to 256"),
         (["models", "pull", "x", "--mirror", "nas"], "--mirror: models.mirror: should be an address"),
     ],

@@ -26,6 +26,8 @@ from edge_asr.engine.weights import UnknownGraphError, Weights, check
 from edge_asr.errors import EngineError
 from edge_asr.recognizer.bundle import CHECKPOINT, FP32, INT8, Bundle
 from edge_asr.recognizer.manifest import (
+    AUTO,
+    ONNX,
     Manifest,
     Source,
     describe_file,
@@ -40,8 +42,6 @@ from edge_asr.recognizer.whole import WholeParaformer
 
 log = logging.getLogger(__name__)
 
-AUTO = "auto"
-TARGETS = (AUTO, FP32, INT8)
 SOURCES = {INT8: (INT8, FP32, CHECKPOINT), FP32: (FP32, CHECKPOINT, INT8)}
 """The files that a target's weights may come from, best first: what was published in it is taken as it is."""
 OURS = re.compile(r"(encoder|decoder)-[0-9a-f]{12}\.(onnx|data)")
@@ -91,7 +91,7 @@ def build_engine(
 ) -> Manifest:
     """Write the engine of a bundle into `out`, replacing what is there in one step; return its manifest.
 
-    `target`: `onnx-int8`, `onnx-fp32`, or `auto`, which builds both, measures, and keeps one. `if_needed`: keep what is
+    `target`: `onnx-int8`, `onnx-fp32`, or `onnx`, which builds both, measures, and keeps one. `if_needed`: keep what is
     there if it fits. Raises EngineError where the weights cannot be taken apart, BundleError where a file is damaged.
     """
     try:
@@ -113,14 +113,15 @@ def build_engine(
 
 def _build(bundle: Bundle, target: str, out: Path, folder: Path, threads: int, progress: Progress) -> Manifest:
     signed = trial.multiplies_signed_exactly()
-    engines = (INT8, FP32) if target == AUTO else (target,)
+    either = target in (AUTO, ONNX)
+    engines = (INT8, FP32) if either else (target,)
     proven: list[_Proven] = []
     refused: dict[str, UnknownGraphError] = {}
     for number, engine in enumerate(engines):
         steps = _Steps(progress, engine, number / len(engines), (number + 1) / len(engines))
         try:
             candidate = _write(bundle, engine, folder, signed, steps)
-            proven.append(_prove(bundle, candidate, threads, steps, timed=target == AUTO))
+            proven.append(_prove(bundle, candidate, threads, steps, timed=either))
         except UnknownGraphError as error:
             refused[engine] = error
     if not proven:
@@ -232,7 +233,7 @@ def _tolerance(bundle: Bundle, candidate: _Candidate, sounds: int) -> tuple[floa
 
 def _choose(target: str, proven: Sequence[_Proven], refused: Mapping[str, UnknownGraphError]) -> tuple[_Proven, str]:
     """Return the engine to keep, and why."""
-    if target != AUTO:
+    if target not in (AUTO, ONNX):
         return proven[0], f"{target} was asked for"
     if refused:
         reasons = "; ".join(f"{engine} was refused: {error}" for engine, error in refused.items())

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,13 @@ from edge_asr.errors import EngineError
 from edge_asr.recognizer.bundle import Bundle
 from edge_asr.recognizer.onnx_network import runtime_version
 
+AUTO = "auto"
+"""The target that takes the best engine of a machine."""
+ONNX = "onnx"
+"""The target that takes the faster one of onnxruntime's two engines."""
+TENSORRT = "tensorrt-fp16"
 FILE = "manifest.json"
-SCHEMA = "edge_asr.engine/2"
+SCHEMA = "edge_asr.engine/3"
 """Its number grows whenever the networks are written differently: an engine of another number is built again."""
 REMEDY = "run edge-asr build-engine again"
 HASH_BLOCK = 1 << 20
@@ -43,11 +48,44 @@ class FileRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class SelfTest:
+    """A recording and what fp32 hears in it: an engine that hears something else is not to be trusted."""
+
+    sound: str
+    """Name of the WAV file beside the networks."""
+    ids: Sequence[int]
+    alpha_sum: float
+    """Of all frames: about the number of tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a plan of TensorRT was built with; it runs with nothing else."""
+
+    tensorrt: str
+    """Its version."""
+    cuda: str
+    gpu: str
+    """Its name."""
+    sm: str
+    """Compute capability, such as `8.7`."""
+    l4t: str | None
+    """First line of /etc/nv_tegra_release; None where the machine is no Jetson."""
+    typing: str
+    """`strong` or `weak`."""
+    softmax_fp16: bool
+    scale: int
+    """The power of two that the encoder's stream was divided by."""
+    profiles: Mapping[str, Any]
+    """The shapes of each network that the plan takes."""
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """What `build-engine` writes beside the networks."""
 
     engine: str
-    """`onnx-int8` or `onnx-fp32`."""
+    """`onnx-int8`, `onnx-fp32` or `tensorrt-fp16`."""
     asked: str
     """The target that it was asked for, `auto` among them."""
     why: str
@@ -70,6 +108,11 @@ class Manifest:
     """Tokens that were the same as the published graph's when the engine was built; 0 for a checkpoint."""
     measured_ms: Mapping[str, float] = dataclasses.field(default_factory=dict)
     """What each candidate took for the same few seconds of audio; empty where a target was named."""
+    metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """What the networks would say of themselves: a plan of TensorRT has no room for it."""
+    self_test: SelfTest | None = None
+    plan: Plan | None = None
+    """None for onnxruntime's engines."""
     schema: str = SCHEMA
 
 
@@ -82,7 +125,9 @@ def read_manifest(folder: Path) -> Manifest | None:
             raise EngineError(f"{path}: of another version of edge_asr ({loaded['schema']}); {REMEDY}")
         source = Source(**loaded["source"])
         files = {name: FileRecord(**record) for name, record in loaded["files"].items()}
-        manifest = Manifest(**{**loaded, "source": source, "files": files})
+        self_test = None if loaded["self_test"] is None else SelfTest(**loaded["self_test"])
+        plan = None if loaded["plan"] is None else Plan(**loaded["plan"])
+        manifest = Manifest(**{**loaded, "source": source, "files": files, "self_test": self_test, "plan": plan})
         _check_names(manifest)
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -96,7 +141,8 @@ def _check_names(manifest: Manifest) -> None:
     for name in (manifest.source.name, *manifest.files):
         if Path(name).name != name:
             raise ValueError(f"{name!r} is not the name of a file")
-    for name in (manifest.encoder, manifest.decoder):
+    sounds = [] if manifest.self_test is None else [manifest.self_test.sound]
+    for name in (manifest.encoder, manifest.decoder, *sounds):
         if name not in manifest.files:
             raise ValueError(f"{name!r} is not among its files")
 
@@ -125,9 +171,9 @@ def existing(bundle: Bundle, folder: Path, target: str) -> Manifest | None:
     return manifest
 
 
-def unfit(manifest: Manifest, bundle: Bundle, target: str = "auto") -> str | None:
+def unfit(manifest: Manifest, bundle: Bundle, target: str = AUTO) -> str | None:
     """Return why an engine does not fit bundle, target and machine; None where it does."""
-    if target not in ("auto", manifest.engine):
+    if target not in (AUTO, ONNX, manifest.engine):
         return f"it is {manifest.engine}, {target} is wanted"
     if manifest.machine != this_machine():
         return f"it was built for {manifest.machine}, this is {this_machine()}"
