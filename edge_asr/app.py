@@ -61,7 +61,7 @@ def transcribe_files(config: Config, paths: Sequence[str]) -> Iterator[tuple[str
     recognizer = load_recognizer(bundle, config.engine, config.state_dir)
     try:
         for path in paths:
-            labels = Labels(config.device_id, f"file:{path}", bundle.name, recognizer.engine)
+            labels = Labels(config.device_id, f"file:{path}", bundle.name)
             try:
                 for transcript in transcribe(path, recognizer, SileroDetector(), segment_rules(config.segment), labels):
                     yield path, transcript
@@ -202,7 +202,7 @@ class Daemon:
             Segmenter(segment_rules(self._config.segment)),
             self._scheduler,
             sinks,
-            Labels(self._config.device_id, source.name, self._bundle.name, self._engine or ""),
+            Labels(self._config.device_id, source.name, self._bundle.name),
             choose_gates(self._config.gates, self._bundle),
             live,
         )

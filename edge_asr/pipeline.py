@@ -77,7 +77,6 @@ class Labels:
     device: str
     source: str
     model: str
-    engine: str
 
 
 class Recording:
@@ -266,6 +265,6 @@ def transcript_of(segment: Segment, recognition: Recognition, labels: Labels, ea
         within_budget=None,
         decoded_at_pause=early,
         model=labels.model,
-        engine=labels.engine,
+        engine=recognition.engine,
         marks=segment.marks,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -16,12 +17,19 @@ from edge_asr.speech.segmenter import Ended, Rules, Segmenter, Split
 from edge_asr.speech.vad import SpeechDetector
 from edge_asr.types import CHUNK_SAMPLES, SAMPLE_RATE, Chunk, Recognition, Samples, Segment, Transcript, new_segment_id
 
-NOTHING = Recognition("", (), None)
 SILENCE: Samples = np.zeros(0, np.float32)
 
 
+class NamedRecognizer(Recognizer, Protocol):
+    """A recogniser that says which engine it runs on."""
+
+    @property
+    def engine(self) -> str:
+        """`onnx-int8` for example."""
+
+
 def transcribe(
-    path: str | Path, recognizer: Recognizer, detector: SpeechDetector, rules: Rules, labels: Labels
+    path: str | Path, recognizer: NamedRecognizer, detector: SpeechDetector, rules: Rules, labels: Labels
 ) -> Iterator[Transcript]:
     """Yield a file's transcripts, at least one.
 
@@ -42,14 +50,18 @@ def transcribe(
         found = True
         yield _transcript(samples, index, recognizer.recognize(samples), labels)
     if not found:
-        yield _transcript(SILENCE, 0, NOTHING, labels)
+        yield _transcript(SILENCE, 0, _nothing(recognizer), labels)
 
 
 def _whole(
-    samples: Samples, recognizer: Recognizer, detector: SpeechDetector, rules: Rules, labels: Labels
+    samples: Samples, recognizer: NamedRecognizer, detector: SpeechDetector, rules: Rules, labels: Labels
 ) -> Transcript:
     spoken = next(_segments(iter([samples]), detector, rules), None) is not None
-    return _transcript(samples, 0, recognizer.recognize(samples) if spoken else NOTHING, labels)
+    return _transcript(samples, 0, recognizer.recognize(samples) if spoken else _nothing(recognizer), labels)
+
+
+def _nothing(recognizer: NamedRecognizer) -> Recognition:
+    return Recognition("", (), None, engine=recognizer.engine)
 
 
 def _segments(blocks: Iterator[Samples], detector: SpeechDetector, rules: Rules) -> Iterator[tuple[int, Samples]]:

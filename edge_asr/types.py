@@ -102,6 +102,8 @@ class Recognition:
     """exp of the mean token log-probability; null for empty text."""
     stages_ms: Mapping[str, float] = field(default_factory=dict)
     """Milliseconds spent in each stage: queue, features, then encoder, cif, decoder (or `model` for a whole graph)."""
+    engine: str = ""
+    """The engine that heard it, `onnx-int8` for example: another may answer the next time."""
 
 
 @dataclass(frozen=True, slots=True)

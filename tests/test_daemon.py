@@ -575,7 +575,7 @@ async def test_transcripts_dropped_for_want_of_room_are_a_failure(
 def test_only_what_came_in_live_is_held_against_the_budget(marks: Marks | None) -> None:
     daemon = app.Daemon(configured(1883, "mqtt.enabled=false"))
     segment = Segment(new_segment_id(), 0, np.zeros(SAMPLE_RATE, np.float32), 0, 1.0, None, marks)
-    labels = Labels("hall", "stdin", "test", "test")
+    labels = Labels("hall", "stdin", "test")
     before = [REGISTRY.get_sample_value(f"edge_asr_{name}") or 0 for name in ("response_seconds_count", "late_total")]
     settled = daemon._settle(transcript_of(segment, Recognition("好", (), 1.0), labels))
     after = [REGISTRY.get_sample_value(f"edge_asr_{name}") or 0 for name in ("response_seconds_count", "late_total")]

@@ -58,7 +58,7 @@ async def published(samples: Samples, gates: Gates, live: bool = False) -> list[
     sink = Collector()
     scheduler = Scheduler(lambda: load("onnx-fp32"))
     await scheduler.start()
-    labels = Labels("test", "played", BUNDLE.name, BUNDLE.kind)
+    labels = Labels("test", "played", BUNDLE.name)
     source, segmenter = Played(samples), Segmenter(Rules())
     await Listener(source, SileroDetector(), segmenter, scheduler, [sink], labels, gates, live).run()
     await scheduler.close()

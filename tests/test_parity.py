@@ -61,7 +61,7 @@ def test_a_transcribed_file_has_the_text_that_sherpa_onnx_gives(recordings: list
 
 
 def transcribed(path: Path, recognizer: Paraformer) -> str:
-    labels = Labels("test", f"file:{path}", "paraformer-tiny", "onnx-fp32")
+    labels = Labels("test", f"file:{path}", "paraformer-tiny")
     return "".join(t.text for t in transcribe(path, recognizer, SileroDetector(), Rules(), labels))
 
 

@@ -82,7 +82,7 @@ async def hear(source: Fed, scheduler: CountingScheduler, live: bool = True, sto
     sink = Collector()
     rules = Rules(endpoint=5, pre_roll=2, min_speech=2)
     await scheduler.start()
-    labels = Labels("test", "fed", "counting", "none")
+    labels = Labels("test", "fed", "counting")
     listener = Listener(
         source, lambda chunk: float(chunk.samples[0]), Segmenter(rules), scheduler, [sink], labels, Gates(), live
     )

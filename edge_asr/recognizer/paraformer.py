@@ -139,19 +139,21 @@ class Paraformer:
     def _recognition(self, decoded: Decoded, stages: Mapping[str, float]) -> Recognition:
         spoken = int((decoded.ids >= SPECIAL_IDS).sum())
         times = token_times(decoded.alphas, self._tail, spoken) if spoken else None
-        return recognition(self.bundle, decoded, stages, times)
+        return recognition(self.bundle, decoded, stages, times, self.engine)
 
     def _check_finite(self, values: npt.NDArray[np.float32]) -> None:
         if not np.isfinite(values).all():
             raise EngineError(f"{self.bundle.folder}: its engine gives no finite numbers; copy the bundle again")
 
 
-def recognition(bundle: Bundle, decoded: Decoded, stages: Mapping[str, float], times: Times | None) -> Recognition:
+def recognition(
+    bundle: Bundle, decoded: Decoded, stages: Mapping[str, float], times: Times | None, engine: str
+) -> Recognition:
     """Turn ids into text; `times`: start and end in ms of each token that is not special, None where not known."""
     spoken = decoded.ids >= SPECIAL_IDS
     ids, log_probabilities = decoded.ids[spoken], decoded.log_probabilities[spoken]
     if not len(ids):
-        return Recognition("", (), None, stages)
+        return Recognition("", (), None, stages, engine)
     pieces = [bundle.tokens[i] for i in ids]
     spans: Sequence[tuple[int | None, int | None]] = [(None, None)] * len(ids)
     if times is not None and len(times) == len(ids):
@@ -161,7 +163,7 @@ def recognition(bundle: Bundle, decoded: Decoded, stages: Mapping[str, float], t
         Token(piece, start, end, float(confidence))
         for piece, (start, end), confidence in zip(pieces, spans, np.exp(log_probabilities), strict=True)
     )
-    return Recognition(join(pieces), tokens, float(np.exp(log_probabilities.mean())), stages)
+    return Recognition(join(pieces), tokens, float(np.exp(log_probabilities.mean())), stages, engine)
 
 
 def feature_extractor(bundle: Bundle, metadata: Mapping[str, str]) -> FeatureExtractor:

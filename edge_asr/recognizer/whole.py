@@ -62,11 +62,11 @@ class WholeParaformer:
         with timed(stages, "features"):
             features = self._features(samples)
         if not len(features):
-            return recognition(self.bundle, NOTHING, stages, None)
+            return recognition(self.bundle, NOTHING, stages, None, self.engine)
         with timed(stages, "model"):
             outputs = self._run(features)
             decoded = self._best(*self._scores(outputs))
-        return recognition(self.bundle, decoded, stages, _times(outputs, decoded))
+        return recognition(self.bundle, decoded, stages, _times(outputs, decoded), self.engine)
 
     def recognize_batch(self, batch: Sequence[Samples]) -> list[Recognition]:
         """Recognise several segments, one by one: padding would change what they are."""
