@@ -1,0 +1,570 @@
+"""Builder, network, parser: from an ONNX file to a plan."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import threading
+from pathlib import Path
+
+import fake_gpu
+import onnx
+
+from tensorrt._graph import Graph, unsupported
+from tensorrt._plan import Plan, serialize
+from tensorrt._release import NUMBER, RELEASE, of_release
+from tensorrt._types import (
+    BuilderFlag,
+    DataType,
+    Dims,
+    IHostMemory,
+    ILogger,
+    IProgressMonitor,
+    LayerType,
+    MemoryPoolType,
+    NetworkDefinitionCreationFlag,
+    OnnxParserFlag,
+    ProfilingVerbosity,
+    TacticSource,
+    TensorLocation,
+    data_type,
+    require_gpu,
+)
+
+ALWAYS_EXPLICIT = NUMBER >= (10,)
+ALWAYS_STRONG = NUMBER >= (11,)
+
+
+class ITensor:
+    """A value of a network."""
+
+    def __init__(self, name, dtype, shape=()):
+        self.name, self.dtype, self._shape = name, dtype, shape
+        self.location = TensorLocation.DEVICE
+        self.is_shape_tensor = False
+
+    @property
+    def shape(self):
+        return Dims(self._shape)
+
+
+class ILayer:
+    """An operation of a network."""
+
+    def __init__(self, name, kind, outputs, network):
+        self.name = name
+        self.type = _layer_type(kind)
+        self._outputs = [ITensor(output, data_type(dtype)) for output, dtype in outputs]
+        self._network = network
+        self._precision = None
+        self._types = {}
+
+    @property
+    def num_outputs(self):
+        return len(self._outputs)
+
+    def get_output(self, index):
+        return self._outputs[index] if 0 <= index < len(self._outputs) else None
+
+    @property
+    def precision(self):
+        return self._precision or DataType.FLOAT
+
+    @precision.setter
+    def precision(self, value):
+        if self._network._strong:
+            self._network._complaints.append(
+                f"{self.name}: the precision of a layer of a strongly typed network is not to be set"
+            )
+        self._precision = value
+
+    @property
+    def precision_is_set(self):
+        return self._precision is not None
+
+    def reset_precision(self):
+        self._precision = None
+
+    def set_output_type(self, index, dtype):
+        if self._network._strong:
+            self._network._complaints.append(f"{self.name}: types of a strongly typed network are not to be set")
+        self._types[index] = dtype
+
+    def get_output_type(self, index):
+        return self._types.get(index, self._outputs[index].dtype)
+
+    def output_type_is_set(self, index):
+        return index in self._types
+
+    def reset_output_type(self, index):
+        self._types.pop(index, None)
+
+    @property
+    def _is_integer(self):
+        return any(output.dtype in _INTEGERS for output in self._outputs)
+
+
+_INTEGERS = {kind for name in ("INT32", "INT64", "BOOL", "INT8") if (kind := getattr(DataType, name, None))}
+
+
+def _layer_type(kind):
+    if kind in LayerType.__members__:
+        return LayerType[kind]
+    return {"NORMALIZATION": LayerType.REDUCE, "CAST": LayerType.IDENTITY}.get(kind, LayerType.SHUFFLE)
+
+
+of_release(ILayer)
+
+
+class INetworkDefinition:
+    """What a parser fills."""
+
+    def __init__(self, flags):
+        self._flags = flags
+        self.name = "Unnamed Network 0"
+        self._graph = None
+        self._layers = []
+        self._complaints = []
+
+    def get_flag(self, flag):
+        return self._has(flag)
+
+    def _has(self, flag):
+        return bool(self._flags >> flag.value & 1)
+
+    @property
+    def flags(self):
+        return self._flags
+
+    @property
+    def _strong(self):
+        flag = getattr(NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+        return ALWAYS_STRONG or (flag is not None and self._has(flag))
+
+    @property
+    def _explicit(self):
+        return ALWAYS_EXPLICIT or self._has(NetworkDefinitionCreationFlag.EXPLICIT_BATCH)
+
+    @property
+    def has_implicit_batch_dimension(self):
+        return not self._explicit
+
+    @property
+    def num_layers(self):
+        return len(self._layers)
+
+    def __len__(self):
+        return len(self._layers)
+
+    def get_layer(self, index):
+        return self._layers[index] if 0 <= index < len(self._layers) else None
+
+    def __getitem__(self, index):
+        return self._layers[index]
+
+    def _tensors(self, inputs):
+        tensors = (self._graph.inputs if inputs else self._graph.outputs) if self._graph else {}
+        return [ITensor(one.name, data_type(one.dtype), one.shape) for one in tensors.values()]
+
+    @property
+    def num_inputs(self):
+        return len(self._tensors(True))
+
+    @property
+    def num_outputs(self):
+        return len(self._tensors(False))
+
+    def get_input(self, index):
+        return self._tensors(True)[index]
+
+    def get_output(self, index):
+        return self._tensors(False)[index]
+
+
+of_release(INetworkDefinition)
+
+
+class ParserError:
+    """Why a graph was refused."""
+
+    def __init__(self, desc, node=-1, name="", operator=""):
+        self._desc, self._node, self._name, self._operator = desc, node, name, operator
+
+    def code(self):
+        return "UNSUPPORTED_NODE"
+
+    def desc(self):
+        return self._desc
+
+    def file(self):
+        return "ModelImporter.cpp"
+
+    def line(self):
+        return 1
+
+    def func(self):
+        return "parseNode"
+
+    def node(self):
+        return self._node
+
+    def node_name(self):
+        return self._name
+
+    def node_operator(self):
+        return self._operator
+
+    def __str__(self):
+        return f"In node {self._node} with name: {self._name} and operator: {self._operator} (parseNode): {self._desc}"
+
+    __repr__ = __str__
+
+
+of_release(ParserError)
+
+
+class OnnxParser:
+    """Reads ONNX into a network."""
+
+    def __init__(self, network, logger):
+        self._network, self._logger, self._errors, self._flags = network, logger, [], 0
+
+    @property
+    def num_errors(self):
+        return len(self._errors)
+
+    def get_error(self, index):
+        return self._errors[index]
+
+    def clear_errors(self):
+        self._errors.clear()
+
+    @property
+    def flags(self):
+        return self._flags
+
+    def set_flag(self, flag):
+        if not isinstance(flag, OnnxParserFlag):
+            raise TypeError("incompatible function arguments: an OnnxParserFlag is needed")
+        self._flags |= 1 << flag.value
+
+    def get_flag(self, flag):
+        return bool(self._flags >> flag.value & 1)
+
+    def clear_flag(self, flag):
+        self._flags &= ~(1 << flag.value)
+
+    def parse(self, model, path=None):
+        folder = "" if path is None else str(Path(path).parent)
+        return self._parse(bytes(model), folder)
+
+    def parse_from_file(self, model):
+        if not isinstance(model, str):
+            raise TypeError(f"parse_from_file(): incompatible function arguments: {type(model).__name__}")
+        try:
+            data = Path(model).read_bytes()
+        except OSError:
+            return self._refuse(f"Could not open file {model}")
+        return self._parse(data, str(Path(model).parent))
+
+    def _refuse(self, *arguments):
+        self._errors.append(ParserError(*arguments))
+        self._logger.log(ILogger.ERROR, str(self._errors[-1]))
+        return False
+
+    def _parse(self, data, folder):
+        if not self._network._explicit:
+            return self._refuse(
+                "This version of the ONNX parser only supports networks with an explicit batch dimension"
+            )
+        try:
+            model = onnx.load_model_from_string(data)
+            if not model.graph.node:
+                raise ValueError("no graph")
+        except Exception:  # noqa: BLE001  whatever protobuf says
+            return self._refuse("Failed to parse ONNX model")
+        try:
+            onnx.load_external_data_for_model(model, folder)
+        except Exception as error:  # noqa: BLE001  onnx has several
+            return self._refuse(f"Failed to import initializer: {error}")
+        for index, node in unsupported(model, NUMBER):
+            self._refuse(f"No importer registered for op: {node.op_type}", index, node.name, node.op_type)
+        if self._errors:
+            return False
+        self._network._graph = Graph(model)
+        self._network._layers = [ILayer(*one, self._network) for one in self._network._graph.layers()]
+        return True
+
+
+of_release(OnnxParser)
+
+
+class IOptimizationProfile:
+    """Shapes that a plan is to run, and those that it is to be best at."""
+
+    def __init__(self):
+        self._shapes = {}
+        self.extra_memory_target = 1.0
+
+    def set_shape(self, input, min, opt, max):  # noqa: A002
+        least, best, most = (tuple(Dims(shape)) for shape in (min, opt, max))
+        if not len(least) == len(best) == len(most) or any(
+            not low <= middle <= high for low, middle, high in zip(least, best, most, strict=True)
+        ):
+            raise RuntimeError("Shape provided for opt is inconsistent with other shapes.")
+        self._shapes[input] = (least, best, most)
+
+    def get_shape(self, input):  # noqa: A002
+        return [Dims(shape) for shape in self._shapes.get(input, ())]
+
+    def __bool__(self):
+        return True
+
+
+of_release(IOptimizationProfile)
+
+
+class ITimingCache:
+    """What the builder has measured."""
+
+    def __init__(self, release, sm, entries):
+        self._release, self._sm, self._entries = release, list(sm), dict(entries)
+
+    def serialize(self):
+        body = json.dumps([self._release, self._sm, self._entries]).encode()
+        return IHostMemory(b"ftch" + hashlib.sha256(body).digest() + body)
+
+    def combine(self, input_cache, ignore_mismatch):
+        if not ignore_mismatch and (input_cache._release, input_cache._sm) != (self._release, self._sm):
+            return False
+        self._entries |= input_cache._entries
+        return True
+
+    def reset(self):
+        self._entries.clear()
+        return True
+
+    @staticmethod
+    def _read(data):
+        data = bytes(data)
+        if not data:
+            return ITimingCache(RELEASE, fake_gpu.gpu.sm, {})
+        if data[:4] != b"ftch" or hashlib.sha256(data[36:]).digest() != data[4:36]:
+            return None
+        return ITimingCache(*json.loads(data[36:]))
+
+
+of_release(ITimingCache)
+
+
+class IBuilderConfig:
+    """How to build."""
+
+    def __init__(self):
+        self.flags = 1 << BuilderFlag.TF32.value
+        self._pools = {}
+        self._profiles = []
+        self._cache = None
+        self._tactics = None
+        self.builder_optimization_level = 3
+        self.profiling_verbosity = ProfilingVerbosity.LAYER_NAMES_ONLY
+        self.avg_timing_iterations = 1
+        self.max_aux_streams = 0
+        self.hardware_compatibility_level = None
+        if hasattr(type(self), "progress_monitor"):
+            self._monitor = None
+
+    def set_flag(self, flag):
+        self.flags |= 1 << _flag(flag).value
+
+    def clear_flag(self, flag):
+        self.flags &= ~(1 << _flag(flag).value)
+
+    def get_flag(self, flag):
+        return bool(self.flags >> _flag(flag).value & 1)
+
+    def set_memory_pool_limit(self, pool, pool_size):
+        if not isinstance(pool, MemoryPoolType) or not isinstance(pool_size, int):
+            raise TypeError("set_memory_pool_limit(): incompatible function arguments")
+        self._pools[pool] = pool_size
+
+    def get_memory_pool_limit(self, pool):
+        return self._pools.get(pool, fake_gpu.gpu.total)
+
+    def add_optimization_profile(self, profile):
+        if not profile._shapes:
+            return -1
+        self._profiles.append(profile)
+        return len(self._profiles) - 1
+
+    @property
+    def num_optimization_profiles(self):
+        return len(self._profiles)
+
+    def set_tactic_sources(self, tactic_sources):
+        if not isinstance(tactic_sources, int) or tactic_sources >> len(TacticSource.__members__):
+            return False
+        self._tactics = tactic_sources
+        return True
+
+    def get_tactic_sources(self):
+        return (1 << len(TacticSource.__members__)) - 1 if self._tactics is None else self._tactics
+
+    def create_timing_cache(self, serialized_timing_cache):
+        return ITimingCache._read(serialized_timing_cache)
+
+    def set_timing_cache(self, cache, ignore_mismatch):
+        if not isinstance(cache, ITimingCache):
+            raise TypeError("set_timing_cache(): incompatible function arguments")
+        if not ignore_mismatch and (cache._release, cache._sm) != (RELEASE, list(fake_gpu.gpu.sm)):
+            return False
+        self._cache = cache
+        return True
+
+    def get_timing_cache(self):
+        return self._cache
+
+    @property
+    def progress_monitor(self):
+        return self._monitor
+
+    @progress_monitor.setter
+    def progress_monitor(self, monitor):
+        if monitor is not None and not isinstance(monitor, IProgressMonitor):
+            raise TypeError("incompatible function arguments: an IProgressMonitor is needed")
+        self._monitor = monitor
+
+
+of_release(IBuilderConfig)
+
+
+def _flag(flag):
+    if not isinstance(flag, BuilderFlag):
+        raise TypeError("incompatible function arguments: a BuilderFlag is needed")
+    return flag
+
+
+class _BuildError(Exception):
+    """Why there is no plan."""
+
+
+class Builder:
+    """Makes plans."""
+
+    def __init__(self, logger):
+        require_gpu("Builder", logger)
+        self.logger = logger
+
+    platform_has_fast_fp16 = True
+    platform_has_tf32 = True
+
+    def create_network(self, flags=0):
+        if flags >> (max(flag.value for flag in NetworkDefinitionCreationFlag) + 1):
+            self.logger.log(ILogger.ERROR, "Unknown flag for a network")
+            return None
+        return INetworkDefinition(flags)
+
+    def create_builder_config(self):
+        return IBuilderConfig()
+
+    def create_optimization_profile(self):
+        return IOptimizationProfile()
+
+    def build_serialized_network(self, network, config):
+        try:
+            return IHostMemory(serialize(_build(network, config)))
+        except _BuildError as error:
+            self.logger.log(ILogger.ERROR, f"IBuilder::buildSerializedNetwork: Error Code 4: {error}")
+            return None
+
+
+of_release(Builder)
+
+
+def _build(network, config):
+    """Return the Plan. Raises _BuildError."""
+    graph = network._graph
+    if graph is None:
+        raise _BuildError("Network must have at least one output")
+    flags = [flag.name for flag in BuilderFlag if config.get_flag(flag)]
+    _check_typing(network, flags)
+    profiles = [_check_profile(graph, profile) for profile in config._profiles]
+    if not profiles and any(-1 in one.shape for one in graph.inputs.values()):
+        raise _BuildError("Network has dynamic or shape inputs, but no optimization profile has been defined")
+    data = graph.model.SerializeToString()
+    gpu = fake_gpu.gpu
+    if gpu.available < 2 * len(data):
+        raise _BuildError("Internal Error (Could not find any implementation due to insufficient memory)")
+    _report(getattr(config, "progress_monitor", None), len(profiles) or 1)
+    if config._cache is not None:
+        config._cache._entries[hashlib.sha256(data).hexdigest()] = len(data)
+    return Plan(
+        release=RELEASE,
+        sm=list(gpu.sm),
+        profiles=profiles,
+        flags=flags,
+        strongly_typed=network._strong,
+        workspace=config._pools.get(MemoryPoolType.WORKSPACE),
+        tactic_sources=config._tactics,
+        fp32_layers=[one.name for one in network._layers if one._precision is DataType.FLOAT],
+        graph=data,
+    )
+
+
+def _check_typing(network, flags):
+    typed = {"FP16", "OBEY_PRECISION_CONSTRAINTS", "PREFER_PRECISION_CONSTRAINTS", "BF16", "INT8"} & set(flags)
+    if network._strong and typed:
+        raise _BuildError(f"API Usage Error ({', '.join(sorted(typed))} cannot be set for a strongly typed network)")
+    if network._complaints:
+        raise _BuildError(network._complaints[0])
+    for layer in network._layers:
+        if layer._precision in (DataType.FLOAT, DataType.HALF) and layer._is_integer:
+            raise _BuildError(f"{layer.name}: a layer of integers is constrained to {layer._precision.name}")
+
+
+def _check_profile(graph, profile):
+    for name in profile._shapes:
+        if name not in graph.inputs:
+            raise _BuildError(f"a profile names {name}, which is no input")
+    for name, tensor in graph.inputs.items():
+        shapes = profile._shapes.get(name)
+        if shapes is None and -1 in tensor.shape:
+            raise _BuildError(f"{name}: dynamic input is missing dimensions in a profile")
+        for shape in shapes or ():
+            if len(shape) != len(tensor.shape) or any(
+                fixed not in (-1, size) for fixed, size in zip(tensor.shape, shape, strict=True)
+            ):
+                raise _BuildError(f"{name}: a profile has {shape}, the network {tensor.shape}")
+    return {name: profile._shapes.get(name, (tensor.shape,) * 3) for name, tensor in graph.inputs.items()}
+
+
+def _report(monitor, profiles, steps=3):
+    """Tell the monitor, on another thread. Raises _BuildError where it wants no more."""
+    wanted = [True]
+
+    def call(name, *arguments):
+        try:
+            return getattr(monitor, name)(*arguments)
+        except Exception as error:  # noqa: BLE001  the bindings print what a callback raises, and go on
+            print(f"[ERROR] Exception caught in {name}(): {error}", file=sys.stderr)  # noqa: T201
+            return False
+
+    def run():
+        call("phase_start", "Building Engine", None, profiles)
+        for profile in range(profiles):
+            name = f"Computing profile {profile}"
+            call("phase_start", name, "Building Engine", steps)
+            for step in range(steps):
+                wanted[0] = wanted[0] and bool(call("step_complete", name, step))
+            call("phase_finish", name)
+            wanted[0] = wanted[0] and bool(call("step_complete", "Building Engine", profile))
+        call("phase_finish", "Building Engine")
+
+    if monitor is None:
+        return
+    thread = threading.Thread(target=run, name="fake builder")
+    thread.start()
+    thread.join()
+    if not wanted[0]:
+        raise _BuildError("Internal Error (the build was cancelled by its progress monitor)")
