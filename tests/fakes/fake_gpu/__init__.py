@@ -1,9 +1,15 @@
 """One simulated GPU under the fakes of pycuda and TensorRT: memory with bounds, late streams, faults on demand.
 
 Settings come from the environment, so that they reach child processes:
-`FAKE_GPU` none (no GPU) or nodriver (no libcuda), `FAKE_GPU_SM` 8.7, `FAKE_GPU_MEMORY` free,total in bytes,
-`FAKE_GPU_NAME`, `FAKE_GPU_OOM_AT` n (the n-th allocation fails), `FAKE_GPU_FAIL_AT` n (the n-th execution is a launch
-failure, and all that follows fails), `FAKE_GPU_NAN_AT` n (the n-th execution and all later ones answer NaN).
+
+FAKE_GPU            none: no GPU; nodriver: no libcuda either
+FAKE_GPU_SM         compute capability, 8.7
+FAKE_GPU_MEMORY     free,total in bytes
+FAKE_GPU_NAME
+FAKE_GPU_INTEGRATED 0: its memory is not the host's
+FAKE_GPU_OOM_AT     the n-th allocation fails
+FAKE_GPU_FAIL_AT    the n-th execution is a launch failure, and all that follows fails
+FAKE_GPU_NAN_AT     the n-th execution and all later ones answer NaN
 """
 
 from __future__ import annotations
@@ -92,6 +98,7 @@ class Gpu:
         memory = environ.get("FAKE_GPU_MEMORY", f"{6 << 30},{8 << 30}").split(",")
         self.free, self.total = (int(part) for part in memory)
         self.name = environ.get("FAKE_GPU_NAME", "Fake Orin (nvgpu)")
+        self.integrated = int(environ.get("FAKE_GPU_INTEGRATED", 1))
         self.out_of_memory_at = int(environ.get("FAKE_GPU_OOM_AT", 0))
         self.fail_at = int(environ.get("FAKE_GPU_FAIL_AT", 0))
         self.nan_at = int(environ.get("FAKE_GPU_NAN_AT", 0))
@@ -248,10 +255,12 @@ class Gpu:
         return bool(self.nan_at) and number >= self.nan_at
 
     def leaks(self):
-        """Return what has been taken and not given back, in words; empty where all is."""
+        """Return what has been taken and not given back, in words; a primary context may be kept by the process."""
         found = [repr(one) for one in self.allocations.values()]
         found += [f"stream {handle:#x}" for handle in self.streams if handle]
-        found += [f"{count} {kind}" for kind, count in sorted(self.live.items()) if count]
+        found += [
+            f"{count} {kind}" for kind, count in sorted(self.live.items()) if count > (kind == "primary contexts")
+        ]
         found += [f"{depth} contexts on the stack of thread {name}" for name, depth in self.stacks.items() if depth]
         return found
 

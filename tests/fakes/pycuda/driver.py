@@ -152,7 +152,7 @@ class Device:
     def get_attribute(self, attribute):
         return {
             device_attribute.MULTIPROCESSOR_COUNT: 8,
-            device_attribute.INTEGRATED: 1,
+            device_attribute.INTEGRATED: gpu.integrated,
             device_attribute.CLOCK_RATE: 918000,
             device_attribute.COMPUTE_CAPABILITY_MAJOR: gpu.sm[0],
             device_attribute.COMPUTE_CAPABILITY_MINOR: gpu.sm[1],

@@ -101,7 +101,7 @@ class Graph:
         return {value.name: Tensor(value).shape for value in inferred.graph.output}
 
     def layers(self):
-        """Return (name, kind of layer, outputs with their numpy types) of each operator."""
+        """Return name, kind of layer, number of inputs, and outputs with their numpy types, of each operator."""
         model = onnx.ModelProto()
         model.CopyFrom(self.model)
         kinds = {
@@ -109,11 +109,11 @@ class Graph:
         }
         kinds |= {v.name: v.type.tensor_type.elem_type for v in self.model.graph.output}
         kinds |= {t.name: t.data_type for t in self.model.graph.initializer}
-        found = [(t.name, "CONSTANT", [(t.name, _numpy(t.data_type))]) for t in self.model.graph.initializer]
+        found = [(t.name, "CONSTANT", 0, [(t.name, _numpy(t.data_type))]) for t in self.model.graph.initializer]
         for index, node in enumerate(self.model.graph.node):
             outputs = [(name, _numpy(kinds.get(name, TensorProto.FLOAT))) for name in node.output if name]
             name = node.name or f"(Unnamed Layer* {index}) [{node.op_type}]"
-            found.append((name, LAYERS.get(node.op_type.upper(), "SHUFFLE"), outputs))
+            found.append((name, LAYERS.get(node.op_type.upper(), "SHUFFLE"), len(node.input), outputs))
         return found
 
 
