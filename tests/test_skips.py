@@ -25,6 +25,7 @@ def checkout(tmp_path: Path) -> Path:
     """A checkout with the real scripts/test, a `bin` with all programs, and nothing else that is real."""
     make_program(tmp_path / "scripts" / "setup")
     make_program(tmp_path / "scripts" / "check")
+    make_program(tmp_path / "scripts" / "bindings")
     make_program(tmp_path / ".venv" / "bin" / "python", 'echo "tests run: $*"')
     shutil.copy(REPOSITORY / "scripts" / "test", tmp_path / "scripts" / "test")
     for name in PROGRAMS:
@@ -61,6 +62,14 @@ def test_continuous_integration_runs_the_tests_where_all_is_there(checkout: Path
     assert result.stdout.startswith("tests run: -m pytest")
 
 
+def test_continuous_integration_fails_where_the_bindings_of_tensorrt_cannot_be_had(checkout: Path) -> None:
+    make_program(checkout / "scripts" / "bindings", 'echo "bindings: not here: 11.4" >&2; exit 1')
+    result = run_tests(checkout, CI="true")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.startswith("bindings: not here: 11.4\ntest: CI is set, so no test may be skipped")
+
+
 def test_elsewhere_tests_may_be_skipped(checkout: Path) -> None:
     (checkout / "bin" / "espeak-ng").unlink()
+    make_program(checkout / "scripts" / "bindings", "exit 1")
     assert run_tests(checkout).stdout.startswith("tests run: -m pytest")

@@ -266,8 +266,8 @@ class _Dependent:
         self._owned = False
         context, stack = self._context, _stack()
         if not context.valid:
-            warnings.warn(f"{routine}: its context is gone, it is never given back", UserWarning, stacklevel=3)
-        elif not (stack and stack[-1] is context) and context._thread != threading.get_ident():
+            return  # without a word it is never given back
+        if not (stack and stack[-1] is context) and context._thread != threading.get_ident():
             warnings.warn(f"{routine}: out of its context's thread, it is never given back", UserWarning, stacklevel=3)
         else:
             self._destroy()
@@ -288,6 +288,8 @@ class DeviceAllocation(_Dependent):
 
     def __int__(self):
         return self._allocation.address
+
+    __index__ = __int__
 
     def free(self):
         self._give_back("device_allocation::free")

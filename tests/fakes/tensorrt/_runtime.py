@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
+import operator
 
 import fake_gpu
 import numpy as np
@@ -229,8 +230,7 @@ class IExecutionContext:
         self._set_memory("setDeviceMemoryV2", memory, size)
 
     def _set_memory(self, function, memory, size):
-        if type(memory) is not int or type(size) is not int:
-            raise TypeError(f"{function}(): incompatible function arguments")
+        memory, size = operator.index(memory), operator.index(size)
         if not self._user_managed:
             self._fail(function, "the context has its own memory")
         elif memory % ADDRESS_ALIGNMENT:
@@ -296,8 +296,7 @@ class IExecutionContext:
         return len(self._all_shapes()) == len(self.engine._graph.inputs)
 
     def set_tensor_address(self, name, memory):
-        if type(memory) is not int:
-            raise TypeError(f"set_tensor_address(): incompatible function arguments: {type(memory).__name__}")
+        memory = operator.index(memory)
         if name not in self.engine._graph.tensors:
             return self._fail("setTensorAddress", f"no tensor {name}")
         if memory % ADDRESS_ALIGNMENT:
