@@ -93,6 +93,24 @@ def check_config(config: ConfigOption = None, override: OverrideOption = None) -
 
 
 @app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    model: ModelOption = None,
+    config: ConfigOption = None,
+    override: OverrideOption = None,
+) -> None:
+    """Tell whether this machine will run the appliance, and what must be done if not.
+
+    Exit code: 0 if nothing failed (warnings may be left), 2 if the configuration is wrong, 3 if model, engine or their
+    libraries failed, 1 if anything else did.
+    """
+    from edge_asr import cli_doctor
+
+    if code := cli_doctor.show(lambda: read_config(config, override, model), as_json):
+        raise typer.Exit(code)
+
+
+@app.command()
 def transcribe(
     # Not as paths: those would not be as given, for `./a.wav` would become `a.wav`.
     files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Audio in any format.")],

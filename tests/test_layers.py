@@ -25,6 +25,7 @@ LAYERS = {
     "health": 1,
     "systemd": 1,
     "budget": 1,
+    "memory": 1,
     "audio": 2,
     "speech": 2,
     "recognizer": 2,
@@ -33,13 +34,18 @@ LAYERS = {
     "models": 2,
     "pipeline": 3,
     "transcribe": 3,
+    "child": 3,
     "loader": 3,
+    "ladder": 3,
+    "keeper": 3,
     "serve": 4,
     "app": 5,
     "demo": 5,
+    "doctor": 5,
     "cli_models": 5,
     "cli_engine": 5,
     "cli_bench": 5,
+    "cli_doctor": 5,
     "cli": 6,
     "__main__": 7,
 }
@@ -48,16 +54,23 @@ ALSO_ALLOWED = {
     ("config_reader", "config"),
     ("engine", "recognizer"),
     ("transcribe", "pipeline"),
+    ("loader", "child"),
+    ("ladder", "child"),
+    ("ladder", "loader"),
+    ("keeper", "child"),
+    ("keeper", "loader"),
+    ("keeper", "ladder"),
     ("demo", "app"),
+    ("cli_doctor", "doctor"),
 }
 """Imports inside one layer."""
 SERVE_SEES = {"pipeline", "audio"}
 """What `serve` may import beside layers 0 and 1; of `audio` only `audio.decode`."""
 DEVICE_LIBRARIES = {
-    "tensorrt": {"recognizer.tensorrt_network", "engine.tensorrt_build"},
-    "pycuda": {"recognizer.tensorrt_network", "engine.tensorrt_build"},
-    "onnxruntime": {"recognizer.onnx_network", "speech.vad"},
-    "sounddevice": {"audio.microphone"},
+    "tensorrt": {"recognizer.tensorrt_network", "recognizer.tensorrt_plan", "engine.tensorrt_build", "doctor.probe"},
+    "pycuda": {"recognizer.cuda", "engine.tensorrt_build", "doctor.probe"},
+    "onnxruntime": {"recognizer.onnx_network", "speech.vad", "doctor.probe"},
+    "sounddevice": {"audio.microphone", "doctor.probe"},
     "av": {"audio.decode"},
 }
 """Each device library, and the only modules that may import it."""

@@ -1,0 +1,1 @@
+"""Will this machine run the appliance, and if not, what must be done?"""

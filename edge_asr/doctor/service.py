@@ -1,0 +1,241 @@
+"""Checks of what the appliance is given: configuration, Python, disk, model, engine and broker."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import socket
+import sys
+import threading
+import time
+import uuid
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from pathlib import Path
+from typing import Any
+
+from edge_asr.config import MqttConfig
+from edge_asr.doctor.patient import CannotTellError, Patient
+from edge_asr.doctor.report import Finding, fail, ok, warn
+from edge_asr.doctor.tree import RELEASE_FILE
+from edge_asr.errors import BundleError, EngineError
+from edge_asr.loader import engine_folder
+from edge_asr.recognizer.bundle import Bundle
+from edge_asr.recognizer.manifest import AUTO, FILE, ONNX, SCHEMA, TENSORRT, Plan, check_files, read_manifest, unfit
+
+BROKER_S = 3.0
+"""For name, TCP connection and the broker's answer together."""
+
+
+def configuration(patient: Patient) -> Finding:
+    """Return whether the configuration can be used."""
+    if patient.config is None:
+        return fail(patient.problems, "correct it; edge-asr check-config shows what is in effect")
+    return ok(f"device_id {patient.config.device_id}, engine.target {patient.config.engine.target}")
+
+
+def python(patient: Patient) -> Finding:
+    """Return which Python this is; what it cannot load the other checks tell."""
+    return ok(f"{platform.python_version()} on {platform.machine()}, {sys.executable}")
+
+
+def state_dir(patient: Patient) -> Finding:
+    """Return whether what outlives a restart can be written."""
+    folder = patient.settings.state_dir
+    there = _existing(folder)
+    if not there.is_dir():
+        return fail(f"{there} is no folder", "set state_dir to a folder, or move the file away")
+    if not os.access(there, os.W_OK | os.X_OK):
+        return fail(f"{there} cannot be written to", f"sudo chown $USER {there}, or set state_dir to a folder of yours")
+    return ok(str(folder) if there == folder else f"{folder}, to be made in {there}")
+
+
+def disk(patient: Patient) -> Finding:
+    """Return whether there is room for an engine, which is about as big as the bundle's files."""
+    folder = _existing(patient.settings.engine.dir or patient.settings.state_dir)
+    free = shutil.disk_usage(folder).free
+    needed = sum(path.stat().st_size for path in patient.bundle.files.values())
+    found = f"{free / 1e6:,.0f} MB free in {folder}, an engine takes about {needed / 1e6:,.0f} MB"
+    return ok(found) if free >= needed else warn(found, "make room, or set state_dir to a larger disk")
+
+
+def _existing(folder: Path) -> Path:
+    """Return the folder itself, or the first one above that is there."""
+    folder = folder.absolute()
+    return next((place for place in (folder, *folder.parents) if place.exists()), folder)
+
+
+def bundle(patient: Patient) -> Finding:
+    """Return whether the configured model can be read."""
+    try:
+        model = patient.bundle
+    except BundleError as error:
+        return fail(*split(error))
+    return ok(f"{model.name}: {', '.join(model.files)}, {len(model.tokens)} tokens, in {model.folder}")
+
+
+def engine(patient: Patient) -> Finding:
+    """Return whether the engine fits model and machine, is undamaged, or is still to be built.
+
+    Where TensorRT is to run the model, this is about the one on onnxruntime that stands in for it.
+    """
+    config = patient.settings.engine
+    if config.dir is not None:
+        return _engine(patient, config.target, config.dir)
+    if config.target == TENSORRT and config.strict:
+        return ok(f"not needed: engine.target is {TENSORRT}, engine.strict is true")
+    target = ONNX if config.target in (AUTO, TENSORRT) else config.target
+    return _engine(patient, target, engine_folder(_readable(patient), patient.settings.state_dir, target))
+
+
+def tensorrt_engine(patient: Patient) -> Finding:
+    """Return the same of the engine on TensorRT."""
+    if patient.needs_tensorrt == "ok":
+        return ok("not needed here")
+    if patient.settings.engine.dir is not None:
+        return ok("engine.dir names the only one; see engine")
+    for subject, check in (("tensorrt", "tensorrt"), ("cuda", "cuda_driver")):
+        if patient.answer(subject).error is not None:
+            raise CannotTellError(check)
+    return _engine(patient, TENSORRT, engine_folder(_readable(patient), patient.settings.state_dir, TENSORRT))
+
+
+def _engine(patient: Patient, target: str, folder: Path) -> Finding:
+    config, model = patient.settings.engine, _readable(patient)
+    build = f"edge-asr build-engine --model {model.folder} --target {target}"
+    build += f" --out {folder}" if config.dir else ""
+    try:
+        why = _unfit(patient, folder, model, target)
+    except EngineError as error:
+        return fail(split(error)[0], build)
+    if why is None:
+        return ok(f"{folder}, undamaged")
+    # An engine that is named is not built by itself; any other is, when the model is loaded.
+    return fail(f"{folder}: {why}", build) if config.dir else warn(f"{why}; it is built at the first start", build)
+
+
+def _unfit(patient: Patient, folder: Path, model: Bundle, target: str) -> str | None:
+    """Return why the engine in `folder` is not to be used as it is. Raises EngineError where it is damaged."""
+    schema = _schema(folder)
+    if schema not in (None, SCHEMA):
+        return f"it is of another version of edge_asr ({schema})"
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return "there is none yet"
+    why = unfit(manifest, model, target) or (manifest.plan and _plan_unfit(patient, manifest.plan))
+    if why:
+        return f"it does not fit: {why}"
+    check_files(folder, manifest)
+    return None
+
+
+def _plan_unfit(patient: Patient, plan: Plan) -> str | None:
+    """Return why a plan of TensorRT does not fit this machine: it runs with nothing but what it was built with."""
+    gpus = patient.answer("cuda").facts.get("gpus", [])[patient.settings.engine.gpu :]
+    release = patient.tree.text(RELEASE_FILE)
+    here = {
+        "TensorRT": (plan.tensorrt, patient.answer("tensorrt").facts.get("version")),
+        "compute capability": (plan.sm, ".".join(map(str, gpus[0]["capability"])) if gpus else None),
+        "GPU": (plan.gpu, gpus[0]["name"] if gpus else None),
+        "L4T": (plan.l4t, release.splitlines()[0] if release else None),
+        "softmax_fp16": (plan.softmax_fp16, patient.settings.engine.tensorrt.softmax_fp16),
+    }
+    different = (f"it was built for {name} {then}, this is {now}" for name, (then, now) in here.items() if then != now)
+    return next(different, None)
+
+
+def _schema(folder: Path) -> Any:
+    """Return the schema that a manifest names; None where there is none, or nothing that can be read."""
+    try:
+        return json.loads((folder / FILE).read_text(encoding="utf-8")).get("schema")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None
+
+
+def _readable(patient: Patient) -> Bundle:
+    """Return the bundle. Raises CannotTellError where it, or what is to run it, is to blame already."""
+    if patient.answer("onnxruntime").error is not None:
+        raise CannotTellError("onnxruntime")
+    try:
+        return patient.bundle
+    except BundleError as error:
+        raise CannotTellError("bundle") from error
+
+
+def broker(patient: Patient) -> Finding:
+    """Return whether the broker admits the configured account; nothing is published."""
+    config = patient.settings.mqtt
+    if not config.enabled:
+        return ok("mqtt.enabled is false")
+    where = f"{config.host}:{config.port}"
+    account = f"as {config.username}" if config.username else "without an account"
+    try:
+        refusal = _asked(config, config.read_password()).result(timeout=2 * BROKER_S)
+    except FutureTimeoutError:  # a name may have several addresses, or be looked up for ever
+        refusal = fail("no answer in time", "correct mqtt.host and mqtt.port, or see to name server and firewall")
+    if refusal is None:
+        return ok(f"{where} admits us {account}")
+    return fail(f"{where}, {account}: {refusal.found}", refusal.remedy or "")
+
+
+def _asked(config: MqttConfig, password: str | None) -> Future[Finding | None]:
+    """Ask the broker on a thread that nobody has to wait for: nothing can end the resolution of a name."""
+    outcome: Future[Finding | None] = Future()
+
+    def talk() -> None:
+        try:
+            outcome.set_result(_refusal(config, password))
+        except Exception as error:  # noqa: BLE001 - whoever waits for the outcome gets it
+            outcome.set_exception(error)
+
+    threading.Thread(target=talk, name="doctor-broker", daemon=True).start()
+    return outcome
+
+
+def _refusal(config: MqttConfig, password: str | None) -> Finding | None:
+    """Return why the broker does not admit us, None where it does."""
+    import paho.mqtt.client as paho
+    from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
+
+    answers: list[Any] = []
+    name = f"doctor-{uuid.uuid4().hex[:12]}"  # the daemon's own would throw out the one that runs
+    client = paho.Client(CallbackAPIVersion.VERSION2, name, protocol=paho.MQTTv311, reconnect_on_failure=False)
+    client.username_pw_set(config.username, password)
+    client.connect_timeout = BROKER_S
+    client.on_connect = lambda client, data, flags, reason, properties: answers.append(reason)
+    until = time.monotonic() + BROKER_S
+    try:
+        client.connect(config.host, config.port)
+    except (OSError, ValueError) as error:  # ValueError: a host name that cannot be encoded
+        return unreachable(error)
+    code = MQTTErrorCode.MQTT_ERR_SUCCESS
+    while not answers and code == MQTTErrorCode.MQTT_ERR_SUCCESS and time.monotonic() < until:
+        code = client.loop(timeout=0.1)
+    client.disconnect()
+    if answers and answers[0].is_failure:
+        remedy = "correct mqtt.username and the password, or the broker's access list"
+        return fail(f"it refused: {str(answers[0]).lower()}", remedy)
+    if answers:
+        return None
+    what = "does not answer" if code == MQTTErrorCode.MQTT_ERR_SUCCESS else "hangs up"
+    return fail(f"it accepts connections but {what}", "see whether it is an MQTT broker without TLS, and its log")
+
+
+def unreachable(error: OSError | ValueError) -> Finding:
+    """Return what the error of an attempt to connect means."""
+    if isinstance(error, socket.gaierror):
+        return fail("its name cannot be resolved", "correct mqtt.host, or the machine's name server")
+    if isinstance(error, ConnectionRefusedError):
+        remedy = "start the broker, or correct mqtt.host and mqtt.port (by itself Mosquitto only listens locally)"
+        return fail("nobody listens there", remedy)
+    if isinstance(error, TimeoutError):
+        return fail("it does not answer", "correct mqtt.host and mqtt.port, or let them through the firewall")
+    return fail((getattr(error, "strerror", None) or str(error)).lower(), "correct mqtt.host and mqtt.port")
+
+
+def split(error: Exception) -> tuple[str, str]:
+    """Return what is wrong, and the remedy: our errors name it after their last semicolon."""
+    found, _, remedy = str(error).rpartition("; ")
+    return (found, remedy) if found else (remedy, "correct it")
