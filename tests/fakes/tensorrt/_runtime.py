@@ -202,19 +202,24 @@ class IExecutionContext:
         return self._profile
 
     def set_optimization_profile_async(self, profile_index, stream_handle):
-        gpu, engine = fake_gpu.gpu, self.engine
-        if not 0 <= profile_index < engine.num_optimization_profiles:
-            return self._fail("setOptimizationProfileAsync", f"no profile {profile_index}")
-        if stream_handle not in gpu.streams or gpu.error is not None:
-            return self._fail("setOptimizationProfileAsync", f"no stream {stream_handle!r}")
-        if profile_index == self._profile:
-            return True
-        if not PROFILES_ARE_SHARED and profile_index in engine._busy:
-            return self._fail("setOptimizationProfileAsync", f"another context uses profile {profile_index}")
-        engine._busy.discard(self._profile)
-        engine._busy.add(profile_index)
-        self._profile, self._shapes, self._settled = profile_index, {}, False
+        why = self._why_not_profile(profile_index, stream_handle)
+        if why:
+            self._fail("setOptimizationProfileAsync", why)
+            raise RuntimeError("Error in set optimization profile async.")
+        if profile_index != self._profile:
+            self.engine._busy.discard(self._profile)
+            self.engine._busy.add(profile_index)
+            self._profile, self._shapes, self._settled = profile_index, {}, False
         return True
+
+    def _why_not_profile(self, index, stream):
+        gpu, engine = fake_gpu.gpu, self.engine
+        if not 0 <= index < engine.num_optimization_profiles:
+            return f"no profile {index}"
+        if stream not in gpu.streams or gpu.error is not None:
+            return f"no stream {stream!r}"
+        taken = not PROFILES_ARE_SHARED and index in engine._busy and index != self._profile
+        return f"another context uses profile {index}" if taken else ""
 
     # Memory of the context
 
