@@ -91,6 +91,7 @@ def test_what_the_decoder_reads_stays_on_the_device(without_gpu: None, graphs: b
     frames = 24 if graphs else 17
     assert encoded["enc"].shape[:2] == (1, frames)
     assert not isinstance(encoded["enc"], np.ndarray)
+    assert encoded["enc"].numpy().shape == encoded["enc"].shape
     cif = np.zeros((1, 2, frames), np.float32)
     masks = {"enc_mask": inputs["mask"], "emb_mask": np.ones((1, 2), np.float32)}
     decoded = decoder.run({"enc": encoded["enc"], "cif": cif, **masks})

@@ -35,7 +35,7 @@ NO_GRAPH = -1
 """The id with which onnxruntime neither records nor replays."""
 ARENAS = {"as-requested": "kSameAsRequested", "power-of-two": "kNextPowerOfTwo"}
 SEARCHES = {"default": "DEFAULT", "heuristic": "HEURISTIC", "exhaustive": "EXHAUSTIVE"}
-TYPES = {"tensor(float)": np.float32, "tensor(int64)": np.int64}
+TYPES = {"tensor(float)": np.float32, "tensor(int32)": np.int32, "tensor(int64)": np.int64}
 BROKEN = re.compile(r"\b(CUDA|CUBLAS\w*|CUDNN\w*) failure\b")
 """In a message: after it the context of the GPU is good for nothing."""
 REMEDY = (
@@ -108,13 +108,16 @@ class OnnxNetwork:
 
 @dataclass(frozen=True, slots=True)
 class _OnDevice:
-    """An output that stays where it was computed, for the next network to read."""
+    """An output that stays where it was computed; see DeviceArray."""
 
     value: onnxruntime.OrtValue
 
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.value.shape())
+
+    def numpy(self) -> npt.NDArray[Any]:
+        return np.array(self.value.numpy())
 
 
 @dataclass(frozen=True, slots=True)
