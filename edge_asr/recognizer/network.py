@@ -7,7 +7,19 @@ from typing import Any, Protocol
 
 import numpy.typing as npt
 
-Arrays = Mapping[str, npt.NDArray[Any]]
+Arrays = Mapping[str, Any]
+"""numpy arrays by name; what only the next network reads may be a DeviceArray."""
+
+
+class DeviceArray(Protocol):
+    """An output that stays where it was computed, until that network runs again or is closed."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As of the numpy array that it stands for."""
+
+    def numpy(self) -> npt.NDArray[Any]:
+        """Fetch a copy. Raises EngineError."""
 
 
 class Network(Protocol):

@@ -1,0 +1,320 @@
+"""A GPU through pycuda: context, stream and memory; and CUDA graphs, for which pycuda has no calls."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_asr.errors import BrokenEngineError, EngineError
+
+log = logging.getLogger(__name__)
+
+Bytes = npt.NDArray[np.uint8]
+
+NON_BLOCKING = 1
+"""CU_STREAM_NON_BLOCKING: whoever uses the default stream of the process neither waits for us nor we for them."""
+THREAD_LOCAL = 1
+"""cudaStreamCaptureModeThreadLocal: another thread may allocate memory while this one records."""
+RESTART = "restart edge-asr; if it happens again, dmesg says more"
+FREE_MEMORY = "end what else uses the GPU's memory, or take a smaller model"
+
+_contexts: dict[Any, _Retained] = {}
+_lock = threading.Lock()
+
+
+class Gpu:
+    """A GPU with a stream of our own. All of it is used within `current()`, by one thread at a time."""
+
+    def __init__(self, number: int) -> None:
+        """Open GPU `number`. Raises EngineError."""
+        import pycuda.driver as driver
+
+        self._driver = driver
+        self.number = number
+        self._stream: Any = None
+        self._done: Any = None
+        with self._errors(f"GPU {number} cannot be used", EngineError):
+            self._context = _retain(driver, number)
+            try:
+                with self.current():
+                    self._stream = driver.Stream(NON_BLOCKING)
+                    # Sleeps instead of spinning: beside an inference there is a microphone to listen to.
+                    self._done = driver.Event(driver.event_flags.BLOCKING_SYNC | driver.event_flags.DISABLE_TIMING)
+            except EngineError:
+                self.close()
+                raise
+
+    @property
+    def stream(self) -> int:
+        """The handle of the stream."""
+        return int(self._stream.handle)
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """Make the GPU's context the thread's own. Raises EngineError, BrokenEngineError for what pycuda raises."""
+        with self._errors(f"GPU {self.number} failed", BrokenEngineError):
+            self._context.push()
+            try:
+                yield
+            finally:
+                self._context.pop()
+
+    def allocate(self, size: int, purpose: str) -> DeviceMemory:
+        """Return `size` bytes of the GPU's memory, aligned to 256. Raises EngineError where there are none."""
+        with self._errors(f"the GPU has no {_megabytes(size)} left for {purpose}", BrokenEngineError):
+            return DeviceMemory(self._driver.mem_alloc(size), size)
+
+    def allocate_host(self, size: int, purpose: str, mapped: bool) -> HostMemory:
+        """Return `size` bytes that the GPU copies by itself, or reads and writes in place where they are `mapped`."""
+        flags = self._driver.host_alloc_flags.DEVICEMAP if mapped else 0
+        with self._errors(f"no {_megabytes(size)} can be locked in memory for {purpose}", BrokenEngineError):
+            return HostMemory(self._driver.pagelocked_empty(size, np.uint8, mem_flags=flags))
+
+    def send(self, host: Bytes, address: int) -> None:
+        """Begin to copy bytes of a HostMemory to the GPU."""
+        self._driver.memcpy_htod_async(address, host, self._stream)
+
+    def fetch(self, host: Bytes, address: int) -> None:
+        """Begin to copy from the GPU into bytes of a HostMemory."""
+        self._driver.memcpy_dtoh_async(host, address, self._stream)
+
+    def fetch_now(self, host: npt.NDArray[Any], address: int) -> None:
+        """Copy from the GPU into any array, when nothing is under way."""
+        self._driver.memcpy_dtoh(host, address)
+
+    def wait(self) -> None:
+        """Sleep until all that was begun is done."""
+        self._done.record(self._stream)
+        self._done.synchronize()
+
+    def record(self, launch: Callable[[], bool]) -> Graph:
+        """Return what `launch` would do on the stream, as a graph. Raises EngineError."""
+        try:
+            runtime = _runtime(self._driver.get_version()[0])
+        except (OSError, AttributeError) as error:  # it is not there, or older than 11.4
+            raise EngineError(f"CUDA graphs need libcudart ({error})") from error
+        return Graph(runtime, self.stream, launch)
+
+    def release(self, steps: Iterable[Callable[[], None]]) -> None:
+        """Give things back, one after the other, on any thread. After an error of the GPU what fails is gone anyway."""
+        for step in steps:
+            try:
+                with self.current():
+                    step()
+            except EngineError as error:
+                log.debug("GPU %d: %s", self.number, error)
+
+    def close(self) -> None:
+        """Give stream, event and context back, once."""
+        self.release([self._forget])
+        _release(self._driver, self.number)
+
+    def _forget(self) -> None:
+        self._stream = self._done = None
+
+    @contextmanager
+    def _errors(self, what: str, kind: type[EngineError]) -> Iterator[None]:
+        """Turn pycuda's errors into `kind`; being out of memory passes, so it is always an EngineError."""
+        try:
+            yield
+        except self._driver.MemoryError as error:
+            raise EngineError(f"{what}: {_first_line(error)}; {FREE_MEMORY}") from error
+        except self._driver.Error as error:
+            raise kind(
+                f"{what}: {_first_line(error)}; restart edge-asr, and if it happens again look at dmesg"
+            ) from error
+
+
+class DeviceMemory:
+    """Memory of the GPU."""
+
+    def __init__(self, allocation: Any, size: int) -> None:
+        """Own pycuda's `allocation`, of `size` bytes."""
+        self._allocation, self.size = allocation, size
+        self.address = int(allocation)
+
+    def free(self) -> None:
+        """Give it back."""
+        self._allocation.free()
+
+
+class HostMemory:
+    """Memory of the host that stays where it is, so that the GPU can copy it by itself."""
+
+    def __init__(self, array: Any) -> None:
+        """Own pycuda's page-locked `array`."""
+        self._allocation = array.base
+        self.bytes: Bytes = array
+
+    @property
+    def address(self) -> int:
+        """Where the GPU sees it, if it is mapped."""
+        return int(self._allocation.get_device_pointer())
+
+    def free(self) -> None:
+        """Give it back; nobody may look at `bytes` any more."""
+        self.bytes = np.zeros(0, np.uint8)
+        self._allocation.free()
+
+
+class Graph:
+    """Launches that were recorded, with all addresses and shapes."""
+
+    def __init__(self, runtime: ctypes.CDLL, stream: int, launch: Callable[[], bool]) -> None:
+        """Record `launch` on `stream`. Raises EngineError."""
+        self._runtime, self._stream = runtime, ctypes.c_void_p(stream)
+        graph, self._executable = ctypes.c_void_p(), ctypes.c_void_p()
+        self._check(runtime.cudaStreamBeginCapture(self._stream, THREAD_LOCAL))
+        try:
+            launched = launch()
+        finally:
+            status = runtime.cudaStreamEndCapture(self._stream, ctypes.byref(graph))
+        self._check(status)
+        try:
+            if not launched:
+                raise EngineError("the launches cannot be recorded")
+            self._check(runtime.cudaGraphInstantiateWithFlags(ctypes.byref(self._executable), graph, 0))
+        finally:
+            runtime.cudaGraphDestroy(graph)
+
+    def launch(self) -> None:
+        """Do it all again. Raises BrokenEngineError."""
+        self._check(self._runtime.cudaGraphLaunch(self._executable, self._stream), BrokenEngineError)
+
+    def close(self) -> None:
+        """Give it back, once."""
+        self._runtime.cudaGraphExecDestroy(self._executable)
+
+    def _check(self, status: int, kind: type[EngineError] = EngineError) -> None:
+        if status:
+            self._runtime.cudaGetLastError()  # or else the next call of the runtime would report it once more
+            raise kind(f"CUDA graph: {self._runtime.cudaGetErrorString(status).decode(errors='replace')}")
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What pycuda says of a GPU without touching it."""
+
+    cuda: str
+    """CUDA that pycuda was made for, `12.6`."""
+    driver: str
+    """The newest CUDA that the driver knows."""
+    name: str
+    sm: str
+    """Compute capability, `8.7`."""
+
+
+def facts(number: int) -> Facts:
+    """Return what GPU `number` is. Raises EngineError where there is none."""
+    if (why := unavailable(number)) is not None:
+        raise EngineError(why)
+    import pycuda.driver as driver
+
+    device = driver.Device(number)
+    newest = driver.get_driver_version()
+    return Facts(
+        cuda=".".join(map(str, driver.get_version()[:2])),
+        driver=f"{newest // 1000}.{newest % 1000 // 10}",
+        name=device.name(),
+        sm=".".join(map(str, device.compute_capability())),
+    )
+
+
+def free_and_total(number: int) -> tuple[int, int]:
+    """Return the bytes of a GPU's memory that are free, and all. Raises EngineError."""
+    import pycuda.driver as driver
+
+    gpu = Gpu(number)
+    try:
+        with gpu.current():
+            free, total = driver.mem_get_info()
+    finally:
+        gpu.close()
+    return int(free), int(total)
+
+
+def unavailable(number: int) -> str | None:
+    """Return in one line why GPU `number` cannot be used through pycuda, None where it can."""
+    try:
+        import pycuda.driver as driver
+    except (ImportError, OSError) as error:
+        return f"pycuda is not installed, or a library of CUDA is missing ({error})"
+    try:
+        driver.init()
+        count = driver.Device.count()
+    except driver.Error as error:
+        return f"CUDA finds no GPU ({_first_line(error)})"
+    return None if number < count else f"there is no GPU {number} (engine.gpu), only {count} of them, counted from 0"
+
+
+@dataclass(slots=True)
+class _Retained:
+    """The primary context of a GPU, which onnxruntime and TensorRT use too, and how many of us do."""
+
+    context: Any
+    users: int = 0
+
+
+def _retain(driver: Any, number: int) -> Any:
+    with _lock:
+        key = (driver, number)
+        if key not in _contexts:
+            driver.init()
+            _contexts[key] = _Retained(driver.Device(number).retain_primary_context())
+        _contexts[key].users += 1
+        return _contexts[key].context
+
+
+def _release(driver: Any, number: int) -> None:
+    """Give the context back if nobody uses it any more.
+
+    pycuda does so only on the thread that retained it, or where it is current; and CUDA leaves it current then. So it
+    is done on a thread that ends with it.
+    """
+    with _lock:
+        retained = _contexts[driver, number]
+        retained.users -= 1
+        if retained.users:
+            return
+        del _contexts[driver, number]
+
+        def detach() -> None:
+            with contextlib.suppress(driver.Error):  # after an error of the GPU it is gone anyway
+                retained.context.push()
+                retained.context.detach()
+
+        thread = threading.Thread(target=detach, name="release-gpu")
+        thread.start()
+        thread.join()
+
+
+def _runtime(major: int) -> ctypes.CDLL:
+    """Load libcudart of CUDA `major`. Raises OSError."""
+    version = "11.0" if major == 11 else str(major)
+    runtime = ctypes.CDLL(f"libcudart.so.{version}")
+    pointer = ctypes.c_void_p
+    runtime.cudaStreamBeginCapture.argtypes = [pointer, ctypes.c_int]
+    runtime.cudaStreamEndCapture.argtypes = [pointer, pointer]
+    runtime.cudaGraphInstantiateWithFlags.argtypes = [pointer, pointer, ctypes.c_ulonglong]
+    runtime.cudaGraphLaunch.argtypes = [pointer, pointer]
+    runtime.cudaGraphExecDestroy.argtypes = [pointer]
+    runtime.cudaGraphDestroy.argtypes = [pointer]
+    runtime.cudaGetErrorString.restype = ctypes.c_char_p
+    return runtime
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 2**20:.1f} MB"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,376 @@
+"""Networks on TensorRT: a plan for each, both on one stream of one GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_asr.errors import BrokenEngineError, EngineError
+from edge_asr.recognizer import cuda
+from edge_asr.recognizer.cuda import DeviceMemory, Gpu, Graph, HostMemory
+from edge_asr.recognizer.network import Arrays
+from edge_asr.recognizer.tensorrt_plan import LoadedPlan, Profile, Shape, Sizes, Tensor
+
+log = logging.getLogger(__name__)
+
+STAYS = "enc"
+"""The tensor that the encoder leaves on the GPU, for the decoder."""
+OLDEST = (8, 5)
+BUCKETS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+"""Frames and tokens that launches are recorded for; what lies between is filled up."""
+MOST_GRAPHS = 48
+"""Of a network; each takes memory. The one that was not needed for the longest time goes first."""
+LEGACY_TEGRA = Path("/etc/nv_tegra_release")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRtOptions:
+    """How plans run."""
+
+    gpu: int = 0
+    cuda_graphs: bool = False
+    """Record the launches for one utterance of each bucket of lengths, and replay them."""
+    mapped_memory: bool = False
+    """Let the GPU read and write the host's memory instead of copying."""
+
+
+@dataclass(frozen=True, slots=True)
+class GpuFacts:
+    """What a plan depends on, and the memory that it finds."""
+
+    tensorrt: str
+    cuda: str
+    """CUDA that pycuda was made for, `12.6`."""
+    driver: str
+    """The newest CUDA that the driver knows."""
+    gpu: str
+    sm: str
+    """Compute capability, `8.7`."""
+    total_bytes: int
+    free_bytes: int
+    l4t: str | None
+    """First line of /etc/nv_tegra_release; None where the machine is no Jetson."""
+
+
+def unavailable(gpu: int = 0) -> str | None:
+    """Return in one line why this machine cannot run TensorRT on that GPU, None where it can."""
+    try:
+        import tensorrt
+    except (ImportError, OSError) as error:  # OSError: a library behind it is missing
+        return f"TensorRT is not installed, or cannot be loaded ({error})"
+    version = str(tensorrt.__version__)
+    if tuple(map(int, version.split(".")[:2])) < OLDEST:
+        return f"TensorRT {version} is too old, the oldest that will do is 8.5.2"
+    return cuda.unavailable(gpu)
+
+
+def machine(gpu: int = 0) -> GpuFacts:
+    """Return what plans depend on here. Raises EngineError where there is no TensorRT, or the GPU fails."""
+    if (why := unavailable(gpu)) is not None:
+        raise EngineError(why)
+    import tensorrt
+
+    facts = cuda.facts(gpu)
+    free, total = cuda.free_and_total(gpu)
+    return GpuFacts(
+        tensorrt=str(tensorrt.__version__), cuda=facts.cuda, driver=facts.driver, gpu=facts.name, sm=facts.sm,
+        total_bytes=total, free_bytes=free, l4t=_l4t(),
+    )  # fmt: skip
+
+
+def load_networks(
+    encoder_plan: Path, decoder_plan: Path, metadata: Mapping[str, str], options: TensorRtOptions
+) -> tuple[TensorRtNetwork, TensorRtNetwork]:
+    """Load encoder and decoder; `metadata`: what the encoder says of itself, for plans have no room for it.
+
+    Both share a stream, and memory for what they compute on the way: they run one after the other. Raises EngineError.
+    """
+    if (why := unavailable(options.gpu)) is not None:
+        raise EngineError(why)
+    with contextlib.ExitStack() as undo:
+        device = _Device(options)
+        undo.callback(device.close)
+        plans = []
+        for path in (encoder_plan, decoder_plan):
+            plans.append(LoadedPlan(path, device.gpu))
+            undo.callback(device.gpu.release, [plans[-1].close])
+        device.share(plans)
+        encoder = TensorRtNetwork(plans[0], device, metadata)
+        undo.callback(encoder.close)
+        decoder = TensorRtNetwork(plans[1], device, {})
+        undo.pop_all()
+    return encoder, decoder
+
+
+class GpuArray:
+    """An output that stays on the GPU, until its network runs again or is closed; see DeviceArray."""
+
+    def __init__(self, owner: TensorRtNetwork, tensor: Tensor, address: int, shape: Shape, whole: Shape) -> None:
+        """`whole`: the shape that it has in memory, filled up."""
+        self.shape, self.whole, self.address = shape, whole, address
+        self.dtype = tensor.dtype
+        self._owner, self._run = owner, owner.runs
+
+    def numpy(self) -> npt.NDArray[Any]:
+        """Fetch a copy. Raises EngineError."""
+        gpu = self.check().gpu
+        array = np.empty(self.whole, self.dtype)
+        with gpu.current():
+            gpu.fetch_now(array, self.address)
+        return array[tuple(map(slice, self.shape))]
+
+    def check(self) -> _Device:
+        """Return where it lies. Raises EngineError where other values lie there by now."""
+        if self._owner.runs != self._run:
+            raise EngineError("the encoder's output is gone: it has run again, or was closed, before it was read")
+        return self._owner.device
+
+
+class _Device:
+    """A GPU, and the memory that contexts share while they compute."""
+
+    def __init__(self, options: TensorRtOptions) -> None:
+        self.options, self.gpu = options, Gpu(options.gpu)
+        self.users = 0
+        self._activations: DeviceMemory | None = None
+
+    def share(self, plans: Sequence[LoadedPlan]) -> None:
+        """Take a block that is large enough for each of them."""
+        with self.gpu.current():
+            size = max(1, *(plan.activation_bytes for plan in plans))
+            self._activations = self.gpu.allocate(size, "what the networks compute on the way")
+        for plan in plans:
+            plan.share(self._activations)
+
+    def close(self) -> None:
+        if self._activations is not None:
+            self.gpu.release([self._activations.free])
+            self._activations = None
+        self.gpu.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """One run: which profile, for which sizes, where everything lies."""
+
+    profile: Profile
+    asked: Sizes
+    sizes: Sizes
+    """Filled up to what the profile takes, or the bucket."""
+    buffers: _Buffers
+    addresses: Mapping[str, int]
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What a recorded graph is good for."""
+        return (*sorted(self.sizes.items()), *sorted(self.addresses.items()))
+
+
+@dataclass(frozen=True, slots=True)
+class _Recorded:
+    graph: Graph
+    shapes: Mapping[str, Shape]
+
+
+class TensorRtNetwork:
+    """A plan of TensorRT; see Network."""
+
+    def __init__(self, plan: LoadedPlan, device: _Device, metadata: Mapping[str, str]) -> None:
+        """Take memory for what is spoken alone; what batches need comes with the first batch. Raises EngineError."""
+        self.metadata, self.device = metadata, device
+        self.runs = 0
+        self._plan = plan
+        self._records = device.options.cuda_graphs
+        self._graphs: OrderedDict[tuple[Any, ...], _Recorded] = OrderedDict()
+        self._buffers: dict[bool, _Buffers] = {}
+        self._closed = False
+        with device.gpu.current():
+            self._buffers_of(plan.profiles[0])
+        device.users += 1
+
+    def run(self, inputs: Arrays) -> Arrays:
+        """Compute. `enc` stays on the GPU: it is a GpuArray, which the decoder wants. Raises EngineError."""
+        if self._closed:
+            raise EngineError(f"{self._plan.path}: is closed")
+        with self.device.gpu.current():
+            work = self._work(inputs)
+            self.runs += 1
+            for name, tensor in self._plan.inputs.items():
+                if name != STAYS:
+                    work.buffers.send(tensor, inputs[name], tensor.shape_for(work.sizes))
+            return self._fetch(work, self._compute(work))
+
+    def close(self) -> None:
+        """Release everything, on any thread; after an error of the GPU as well. Twice does no harm."""
+        if self._closed:
+            return
+        self._closed = True
+        self.runs += 1  # nothing that lies on the GPU is of use any more
+        graphs = [recorded.graph.close for recorded in self._graphs.values()]
+        buffers = [one.free for one in self._buffers.values()]
+        self.device.gpu.release([*graphs, self._plan.close, *buffers])
+        self._graphs.clear()
+        self._buffers.clear()
+        self.device.users -= 1
+        if not self.device.users:
+            self.device.close()
+
+    def _work(self, inputs: Arrays) -> _Work:
+        asked, fixed, addresses = self._sizes(inputs)
+        profile = self._plan.profile_for(asked, fixed)
+        filled = {axis: self._filled(axis, size, profile) for axis, size in asked.items()} | fixed
+        buffers = self._buffers_of(profile)
+        return _Work(profile, asked, filled, buffers, {**buffers.addresses, **addresses})
+
+    def _sizes(self, inputs: Arrays) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
+        """Return the sizes of inputs; those that cannot be filled up any more; and where what is on the GPU lies."""
+        asked: dict[str, int] = {}
+        fixed: dict[str, int] = {}
+        addresses: dict[str, int] = {}
+        for name, tensor in self._plan.inputs.items():
+            array = inputs[name]
+            if any(
+                asked.setdefault(axis, size) != size
+                for axis, size in zip(tensor.axes, array.shape, strict=True)
+                if axis != "."
+            ):
+                raise EngineError(f"{self._plan.path}: {name} {array.shape} does not go with the other inputs")
+            if name == STAYS:
+                if not isinstance(array, GpuArray) or array.check() is not self.device:
+                    raise EngineError(f"{self._plan.path}: wants {name} of the encoder that was loaded with it")
+                addresses[name] = array.address
+                fixed |= {axis: size for axis, size in zip(tensor.axes, array.whole, strict=True) if axis != "."}
+        return asked, fixed, addresses
+
+    def _filled(self, axis: str, size: int, profile: Profile) -> int:
+        if self._records and profile.high["B"] == 1 and axis != "B":
+            size = next((bucket for bucket in BUCKETS if bucket >= size), profile.high[axis])
+        return min(max(size, profile.low[axis]), profile.high[axis])
+
+    def _buffers_of(self, profile: Profile) -> _Buffers:
+        """Return the memory for its inputs and outputs; profiles for one utterance share theirs, those for more too."""
+        alone = profile.high["B"] == 1
+        if alone not in self._buffers:
+            sizes = [one.high for one in self._plan.profiles if (one.high["B"] == 1) == alone]
+            tensors = [*self._plan.inputs.values(), *self._plan.outputs.values()]
+            borrowed = {STAYS} & set(self._plan.inputs)
+            wanted = [tensor for tensor in tensors if tensor.name not in borrowed]
+            self._buffers[alone] = _Buffers(self.device, wanted, sizes)
+        return self._buffers[alone]
+
+    def _compute(self, work: _Work) -> Mapping[str, Shape]:
+        """Begin to compute; return the shapes of the outputs."""
+        records = self._records and work.sizes["B"] == 1
+        if records and work.key in self._graphs:
+            self._graphs.move_to_end(work.key)
+            self._graphs[work.key].graph.launch()
+            return self._graphs[work.key].shapes
+        shapes = self._plan.bind(work.profile, work.sizes, work.addresses)
+        if not self._plan.launch(work.profile):
+            self.device.gpu.wait()  # raises where the GPU is to blame
+            raise self._plan.error("cannot run it")
+        if records:
+            self._record(work, shapes)
+        return shapes
+
+    def _record(self, work: _Work, shapes: Mapping[str, Shape]) -> None:
+        """Record what has just run, for the next time. Where that fails, it is launched as ever."""
+        gpu = self.device.gpu
+        gpu.wait()  # TensorRT does some of its work in the first run of a shape only
+        try:
+            graph = gpu.record(lambda: self._plan.launch(work.profile))
+        except BrokenEngineError:
+            raise
+        except EngineError as error:
+            log.warning("no CUDA graphs, launching each kernel instead: %s", error)
+            self._records = False
+            return
+        self._graphs[work.key] = _Recorded(graph, shapes)
+        if len(self._graphs) > MOST_GRAPHS:
+            _, oldest = self._graphs.popitem(last=False)
+            oldest.graph.close()
+
+    def _fetch(self, work: _Work, shapes: Mapping[str, Shape]) -> Arrays:
+        outputs = self._plan.outputs
+        for name, shape in shapes.items():
+            if name != STAYS:
+                work.buffers.fetch(outputs[name], shape)
+        self.device.gpu.wait()
+        results: dict[str, Any] = {}
+        for name, whole in shapes.items():
+            tensor = outputs[name]
+            shape = tensor.shape_for(work.asked)
+            if name == STAYS:
+                results[name] = GpuArray(self, tensor, work.addresses[name], shape, whole)
+            else:
+                results[name] = work.buffers.read(tensor, whole, shape)
+        return results
+
+
+class _Buffers:
+    """Memory for inputs and outputs: taken once, on both sides, large enough for every profile of a kind."""
+
+    def __init__(self, device: _Device, tensors: Sequence[Tensor], sizes: Sequence[Sizes]) -> None:
+        """Raises EngineError where there is not enough."""
+        self._gpu, self._mapped = device.gpu, device.options.mapped_memory
+        self._host: dict[str, HostMemory] = {}
+        self._device: list[DeviceMemory] = []
+        self.addresses: dict[str, int] = {}
+        try:
+            for tensor in tensors:
+                self._allocate(tensor.name, max(map(tensor.bytes_for, sizes)))
+        except BaseException:  # whatever it was, what has been taken is given back
+            self.free()
+            raise
+
+    def send(self, tensor: Tensor, array: npt.NDArray[Any], shape: Shape) -> None:
+        """Begin to copy an input to the GPU, filled up with zeros to `shape`: masks are 0 there."""
+        part = self._part(tensor, shape)
+        whole = part.view(tensor.dtype).reshape(shape)
+        if array.shape != shape:
+            whole.fill(0)
+        whole[tuple(map(slice, array.shape))] = array
+        if not self._mapped:
+            self._gpu.send(part, self.addresses[tensor.name])
+
+    def fetch(self, tensor: Tensor, shape: Shape) -> None:
+        """Begin to copy an output from the GPU."""
+        if not self._mapped:
+            self._gpu.fetch(self._part(tensor, shape), self.addresses[tensor.name])
+
+    def read(self, tensor: Tensor, whole: Shape, shape: Shape) -> npt.NDArray[Any]:
+        """Return a copy of an output that has been fetched, without what was filled up; integers of 64 bits."""
+        array = self._part(tensor, whole).view(tensor.dtype).reshape(whole)[tuple(map(slice, shape))]
+        return array.astype(np.int64 if array.dtype.kind == "i" else array.dtype)
+
+    def free(self) -> None:
+        """Give everything back."""
+        steps = [*(one.free for one in self._host.values()), *(one.free for one in self._device)]
+        self._host, self._device = {}, []
+        self._gpu.release(steps)
+
+    def _allocate(self, name: str, size: int) -> None:
+        if name != STAYS:
+            self._host[name] = self._gpu.allocate_host(size, name, self._mapped)
+            if self._mapped:
+                self.addresses[name] = self._host[name].address
+                return
+        self._device.append(self._gpu.allocate(size, name))
+        self.addresses[name] = self._device[-1].address
+
+    def _part(self, tensor: Tensor, shape: Shape) -> npt.NDArray[np.uint8]:
+        return self._host[tensor.name].bytes[: int(np.prod(shape)) * tensor.dtype.itemsize]
+
+
+def _l4t() -> str | None:
+    with contextlib.suppress(OSError):
+        return LEGACY_TEGRA.read_text(encoding="utf-8", errors="replace").split("\n", 1)[0].strip() or None
+    return None

@@ -1,0 +1,255 @@
+"""A plan of TensorRT in memory: its tensors, its profiles, and an execution context for each of those."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import mmap
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edge_asr.errors import EngineError
+from edge_asr.recognizer.cuda import DeviceMemory, Gpu
+from edge_asr.recognizer.manifest import REMEDY
+
+log = logging.getLogger(__name__)
+
+Shape = tuple[int, ...]
+Sizes = Mapping[str, int]
+"""How many utterances (B), frames (T) and tokens (N)."""
+
+AXES: Mapping[str, str] = {
+    "x": "BT.", "mask": "BT", "enc": "BT.", "alphas": "BT",
+    "enc_mask": "BT", "cif": "BNT", "emb_mask": "BN", "ids": "BN", "logp": "BN",
+}  # fmt: skip
+"""What the dimensions of each tensor count; a point stands for one that is always the same."""
+TYPES: Mapping[str, type[np.generic]] = {
+    "FLOAT": np.float32, "HALF": np.float16, "INT32": np.int32, "INT64": np.int64,
+}  # fmt: skip
+"""numpy's by TensorRT's names: its own nptype() fails on 8.5 with a numpy of today."""
+LONGEST_QUOTE = 300
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """An input or output of a plan."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: Shape
+    """-1 where it varies."""
+
+    @property
+    def axes(self) -> str:
+        """What its dimensions count."""
+        return AXES[self.name]
+
+    def shape_for(self, sizes: Sizes) -> Shape:
+        """Return its shape for so many utterances, frames and tokens."""
+        return tuple(sizes.get(axis, size) for axis, size in zip(self.axes, self.shape, strict=True))
+
+    def bytes_for(self, sizes: Sizes) -> int:
+        """Return what it takes of memory."""
+        return math.prod(self.shape_for(sizes)) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """The sizes that one set of kernels is for."""
+
+    index: int
+    low: Sizes
+    high: Sizes
+
+    def holds(self, sizes: Sizes, fixed: Sizes) -> bool:
+        """Tell whether inputs of these sizes can be filled up to fit; `fixed`: those that cannot be filled up."""
+        return all(size <= self.high[axis] for axis, size in sizes.items()) and all(
+            self.low[axis] <= size <= self.high[axis] for axis, size in fixed.items()
+        )
+
+    def __str__(self) -> str:
+        return describe(self.high)
+
+
+class LoadedPlan:
+    """A plan on a GPU."""
+
+    def __init__(self, path: Path, gpu: Gpu) -> None:
+        """Load it. Raises EngineError where it is damaged, or was built with another TensorRT or for another GPU."""
+        import tensorrt
+
+        self._trt = tensorrt
+        self.path, self._gpu = path, gpu
+        self._log = tensorrt_log()
+        self._contexts: dict[int, Any] = {}
+        self._activations: DeviceMemory | None = None
+        with gpu.current():
+            self._runtime, self._engine = self._load()
+            try:
+                tensors = [self._tensor(self._engine.get_tensor_name(i)) for i in range(self._engine.num_io_tensors)]
+                self.inputs = {one.name: one for one in tensors if self._is_input(one.name)}
+                self.outputs = {one.name: one for one in tensors if one.name not in self.inputs}
+                self.profiles = [self._profile(i) for i in range(self._engine.num_optimization_profiles)]
+            except (KeyError, ValueError) as error:
+                raise EngineError(f"{path}: no plan of edge-asr ({error}); {REMEDY}") from error
+
+    @property
+    def activation_bytes(self) -> int:
+        """What its contexts need of memory for what they compute on the way."""
+        if hasattr(self._engine, "device_memory_size_v2"):
+            return int(self._engine.device_memory_size_v2)
+        return int(self._engine.device_memory_size)
+
+    def share(self, activations: DeviceMemory) -> None:
+        """Let its contexts use that memory, of at least `activation_bytes`."""
+        self._activations = activations
+
+    def profile_for(self, sizes: Sizes, fixed: Sizes) -> Profile:
+        """Return the first profile that holds the sizes. Raises EngineError where there is none."""
+        for profile in self.profiles:
+            if profile.holds(sizes, fixed):
+                return profile
+        most = "; ".join(map(str, self.profiles))
+        raise EngineError(f"{self.path}: {describe({**sizes, **fixed})} are too many, it takes at most: {most}")
+
+    def bind(self, profile: Profile, sizes: Sizes, addresses: Mapping[str, int]) -> Mapping[str, Shape]:
+        """Prepare a context for inputs of these sizes at these addresses; return the shapes of the outputs."""
+        context = self._context(profile)
+        for name, tensor in self.inputs.items():
+            shape = tensor.shape_for(sizes)
+            self._check(context.set_input_shape(name, shape), f"refuses {name} {shape}")
+        for name, address in addresses.items():
+            self._check(context.set_tensor_address(name, address), f"refuses the address of {name}")
+        self._check(not context.infer_shapes(), "cannot tell the shapes of its outputs")
+        shapes = {name: tuple(context.get_tensor_shape(name)) for name in self.outputs}
+        for name, shape in shapes.items():
+            self._check(shape == self.outputs[name].shape_for(sizes), f"would answer {name} {shape}")
+        return shapes
+
+    def launch(self, profile: Profile) -> bool:
+        """Begin to compute what was bound; return whether that began."""
+        self._log.errors.clear()
+        return bool(self._contexts[profile.index].execute_async_v3(self._gpu.stream))
+
+    def error(self, what: str) -> EngineError:
+        """Return the error to raise, with what TensorRT said."""
+        return EngineError(f"{self.path}: TensorRT {what}{self._log.quote()}")
+
+    def close(self) -> None:
+        """Forget contexts and engine, in this order; within the GPU's context. Twice does no harm."""
+        self._contexts.clear()
+        self._engine = None
+        self._runtime = None
+
+    def _load(self) -> tuple[Any, Any]:
+        self._log.errors.clear()
+        try:
+            runtime = self._trt.Runtime(self._log)
+        except TypeError as error:  # of pybind11, where the factory answers nothing
+            raise EngineError(f"TensorRT cannot use GPU {self._gpu.number}{self._log.quote()}") from error
+        try:
+            with self.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                engine = runtime.deserialize_cuda_engine(content)
+        except (OSError, ValueError) as error:  # ValueError: it is empty
+            raise EngineError(f"{self.path}: cannot be read ({error}); {REMEDY}") from error
+        if engine is None:
+            version = self._trt.__version__
+            raise EngineError(
+                f"{self.path}: TensorRT {version} cannot load it, it is damaged, or for another TensorRT or"
+                f" GPU{self._log.quote()}; {REMEDY}"
+            )
+        return runtime, engine
+
+    def _tensor(self, name: str) -> Tensor:
+        """Raises KeyError, ValueError where it is none of our networks'."""
+        shape = tuple(self._engine.get_tensor_shape(name))
+        if len(shape) != len(AXES[name]):
+            raise ValueError(f"{name} {shape}")
+        return Tensor(name, np.dtype(TYPES[self._engine.get_tensor_dtype(name).name]), shape)
+
+    def _is_input(self, name: str) -> bool:
+        return bool(self._engine.get_tensor_mode(name) == self._trt.TensorIOMode.INPUT)
+
+    def _profile(self, index: int) -> Profile:
+        low: dict[str, int] = {}
+        high: dict[str, int] = {}
+        for name, tensor in self.inputs.items():
+            least, _, most = self._engine.get_tensor_profile_shape(name, index)
+            for axis, smallest, largest in zip(tensor.axes, least, most, strict=True):
+                if axis != ".":
+                    low[axis] = max(smallest, low.get(axis, smallest))
+                    high[axis] = min(largest, high.get(axis, largest))
+        return Profile(index, low, high)
+
+    def _context(self, profile: Profile) -> Any:
+        if profile.index not in self._contexts:
+            self._contexts[profile.index] = self._new_context(profile.index)
+        return self._contexts[profile.index]
+
+    def _new_context(self, index: int) -> Any:
+        """Return a context that uses the shared memory: both networks run one after the other."""
+        assert self._activations is not None, "share() comes first"
+        self._log.errors.clear()
+        if hasattr(self._trt, "ExecutionContextAllocationStrategy"):  # from 10 on
+            strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+            context = self._engine.create_execution_context(strategy)
+        else:
+            context = self._engine.create_execution_context_without_device_memory()
+        self._check(context is not None, "cannot make an execution context")
+        if hasattr(context, "set_device_memory"):
+            context.set_device_memory(self._activations.address, self._activations.size)
+        else:
+            context.device_memory = self._activations.address
+        try:
+            chosen = context.set_optimization_profile_async(index, self._gpu.stream)
+        except RuntimeError:  # what its bindings raise instead of answering False
+            chosen = False
+        self._check(chosen, f"cannot choose profile {index}")
+        return context
+
+    def _check(self, fine: bool, what: str) -> None:
+        if not fine:
+            raise self.error(what)
+
+
+def describe(sizes: Sizes) -> str:
+    """Return sizes for people."""
+    tokens = f", {sizes['N']} tokens" if "N" in sizes else ""
+    return f"{sizes['B']} x {sizes['T']} frames{tokens}"
+
+
+def tensorrt_log() -> Any:
+    """Return the logger of this process: TensorRT keeps the first that it is given, whatever is asked later."""
+    import tensorrt
+
+    return _logger(tensorrt)
+
+
+@functools.cache
+def _logger(trt: Any) -> Any:
+    class Logger(trt.ILogger):  # type: ignore[misc]  # without TensorRT there is no such class
+        """Remembers errors, to be quoted; the rest is for those who look closely."""
+
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: deque[str] = deque(maxlen=8)
+
+        def log(self, severity: Any, msg: str) -> None:
+            """Called by TensorRT, on any thread."""
+            if severity in (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR):
+                self.errors.append(msg)
+            if severity not in (trt.ILogger.Severity.INFO, trt.ILogger.Severity.VERBOSE):
+                log.debug("TensorRT: %s", msg)
+
+        def quote(self) -> str:
+            """Return the first error since they were cleared, the cause of the others, in brackets."""
+            said: Sequence[str] = list(self.errors)
+            return f" ({' '.join(said[0].split())[:LONGEST_QUOTE]})" if said else ""
+
+    return Logger()
