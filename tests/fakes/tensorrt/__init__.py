@@ -3,12 +3,9 @@
 `FAKE_TENSORRT` says which release it is: 8.5, 8.6, 10.3, 10.7, 10.13, 10.16 or 11.4; broken: a library is missing.
 """
 
-from __future__ import annotations
+from tensorrt import _build, _release, _runtime, _types
 
-from tensorrt import _build, _runtime, _types
-from tensorrt._release import NUMBER, VERSION
-
-__version__ = VERSION
+__version__ = _release.VERSION
 _NAMES = {
     _build: (
         "Builder IBuilderConfig ILayer INetworkDefinition IOptimizationProfile ITensor ITimingCache OnnxParser"
@@ -24,18 +21,8 @@ for _module, _names in _NAMES.items():
     for _name in _names.split():
         globals()[_name] = getattr(_module, _name)
 for _name, _kind in _types.ALIASES.items():
-    if hasattr(_types.DataType, _kind) and (_name != "int64" or NUMBER >= (10,)):
+    if hasattr(_types.DataType, _kind):
         globals()[_name] = _types.DataType[_kind]
-if NUMBER >= (10,):
+if _release.NUMBER >= (10,):
     ExecutionContextAllocationStrategy = _runtime.ExecutionContextAllocationStrategy
     IProgressMonitor = _types.IProgressMonitor
-
-
-def init_libnvinfer_plugins(logger, namespace):
-    """Load the standard plugins."""
-    return True
-
-
-def get_nv_onnx_parser_version():
-    """Return the parser's version as a number."""
-    return NUMBER[0] * 10000 + NUMBER[1] * 100

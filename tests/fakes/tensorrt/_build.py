@@ -13,7 +13,7 @@ import onnx
 
 from tensorrt._graph import Graph, unsupported
 from tensorrt._plan import Plan, serialize
-from tensorrt._release import NUMBER, RELEASE, of_release
+from tensorrt._release import NUMBER, RELEASE, of_release, plain
 from tensorrt._types import (
     BuilderFlag,
     DataType,
@@ -39,22 +39,31 @@ ALWAYS_STRONG = NUMBER >= (11,)
 class ITensor:
     """A value of a network."""
 
+    name = plain("name")
+    dtype = plain("dtype", read_only=NUMBER >= (11,))
+    location = plain("location", TensorLocation.DEVICE)
+    is_shape_tensor = plain("is_shape_tensor", False, read_only=True)
+
     def __init__(self, name, dtype, shape=()):
-        self.name, self.dtype, self._shape = name, dtype, shape
-        self.location = TensorLocation.DEVICE
-        self.is_shape_tensor = False
+        self._name, self._dtype, self._shape = name, dtype, shape
 
     @property
     def shape(self):
         return Dims(self._shape)
 
 
+of_release(ITensor)
+
+
 class ILayer:
     """An operation of a network."""
 
+    name = plain("name")
+    type = plain("type", read_only=True)
+
     def __init__(self, name, kind, num_inputs, outputs, network):
-        self.name, self._num_inputs = name, num_inputs
-        self.type = _layer_type(kind)
+        self._name, self._num_inputs = name, num_inputs
+        self._type = _layer_type(kind)
         self._outputs = [ITensor(output, data_type(dtype)) for output, dtype in outputs]
         self._network = network
         self._precision = None
@@ -124,9 +133,10 @@ of_release(ILayer)
 class INetworkDefinition:
     """What a parser fills."""
 
+    name = plain("name", "Unnamed Network 0")
+
     def __init__(self, flags):
         self._flags = flags
-        self.name = "Unnamed Network 0"
         self._graph = None
         self._layers = []
         self._complaints = []
@@ -312,7 +322,8 @@ class IOptimizationProfile:
 
     def __init__(self):
         self._shapes = {}
-        self.extra_memory_target = 1.0
+
+    extra_memory_target = plain("extra_memory_target", 1.0)
 
     def set_shape(self, input, min, opt, max):  # noqa: A002
         least, best, most = (tuple(Dims(shape)) for shape in (min, opt, max))
@@ -368,19 +379,18 @@ of_release(ITimingCache)
 class IBuilderConfig:
     """How to build."""
 
+    builder_optimization_level = plain("builder_optimization_level", 3)
+    profiling_verbosity = plain("profiling_verbosity", ProfilingVerbosity.LAYER_NAMES_ONLY)
+    avg_timing_iterations = plain("avg_timing_iterations", 1)
+    max_aux_streams = plain("max_aux_streams", 0)
+    flags = plain("flags", 1 << BuilderFlag.TF32.value)
+
     def __init__(self):
-        self.flags = 1 << BuilderFlag.TF32.value
         self._pools = {}
         self._profiles = []
         self._cache = None
         self._tactics = None
-        self.builder_optimization_level = 3
-        self.profiling_verbosity = ProfilingVerbosity.LAYER_NAMES_ONLY
-        self.avg_timing_iterations = 1
-        self.max_aux_streams = 0
-        self.hardware_compatibility_level = None
-        if hasattr(type(self), "progress_monitor"):
-            self._monitor = None
+        self._monitor = None
 
     def set_flag(self, flag):
         self.flags |= 1 << _flag(flag).value
@@ -461,10 +471,11 @@ class Builder:
 
     def __init__(self, logger):
         require_gpu("Builder", logger)
-        self.logger = logger
+        self._logger = logger
 
-    platform_has_fast_fp16 = True
-    platform_has_tf32 = True
+    logger = plain("logger", read_only=True)
+    platform_has_fast_fp16 = plain("platform_has_fast_fp16", True, read_only=True)
+    platform_has_tf32 = plain("platform_has_tf32", True, read_only=True)
 
     def create_network(self, flags=0):
         if flags >> (max(flag.value for flag in NetworkDefinitionCreationFlag) + 1):

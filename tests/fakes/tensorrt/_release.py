@@ -42,11 +42,24 @@ def exists(kind, name):
 
 
 def of_release(kind):
-    """Take out of a class what this release does not have."""
+    """Take out of a class what this release does not have, and let nobody set what it does not have."""
     for name in list(vars(kind)):
         if not exists(kind.__name__, name):
             delattr(kind, name)
+
+    def set_known(self, name, value):
+        if not name.startswith("_") and not hasattr(type(self), name):
+            raise AttributeError(f"'{kind.__name__}' object has no attribute '{name}'")
+        object.__setattr__(self, name, value)
+
+    kind.__setattr__ = set_known
     return kind
+
+
+def plain(name, default=None, read_only=False):
+    """Return a property that holds a value, as `_name`."""
+    get = lambda self: getattr(self, f"_{name}", default)  # noqa: E731
+    return property(get, None if read_only else lambda self, value: setattr(self, f"_{name}", value))
 
 
 def make_enum(name):

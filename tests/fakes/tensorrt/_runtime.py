@@ -14,7 +14,7 @@ from fake_gpu import CudaError
 
 from tensorrt._graph import Graph
 from tensorrt._plan import deserialize
-from tensorrt._release import NUMBER, RELEASE, of_release
+from tensorrt._release import NUMBER, RELEASE, of_release, plain
 from tensorrt._types import NUMPY, Dims, ILogger, TensorIOMode, TensorLocation, data_type, require_gpu
 
 ADDRESS_ALIGNMENT = 256
@@ -34,7 +34,9 @@ class Runtime:
 
     def __init__(self, logger):
         require_gpu("Runtime", logger)
-        self.logger = logger
+        self._logger = logger
+
+    logger = plain("logger", read_only=True)
 
     def deserialize_cuda_engine(self, serialized_engine):
         try:
@@ -70,7 +72,8 @@ class ICudaEngine:
         self._weights = fake_gpu.gpu.allocate(max(len(plan.graph), 1), "engine")
         fake_gpu.gpu.live["engines"] += 1
         self._busy = set()
-        self.name = "Unnamed Network 0"
+
+    name = plain("name", "Unnamed Network 0", read_only=True)
 
     def __del__(self):
         if hasattr(self, "_weights"):
@@ -169,11 +172,13 @@ of_release(ICudaEngine)
 class IExecutionContext:
     """One user of an engine: shapes, addresses, a profile."""
 
+    engine = plain("engine", read_only=True)
+    name = plain("name", "Unnamed Execution Context 0")
+
     def __init__(self, engine, user_managed):
         gpu = fake_gpu.gpu
         gpu.check()
-        self.engine = engine
-        self.name = "Unnamed Execution Context 0"
+        self._engine = engine
         self._logger = engine._logger
         self._user_managed = user_managed
         self._own = None if user_managed else gpu.allocate(engine.device_memory_size, "activations")
