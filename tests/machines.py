@@ -1,11 +1,22 @@
-"""Machines as their files tell of them, laid out below a folder: three Jetsons and a desktop with a GPU."""
+"""Machines as their files tell of them, laid out below a folder for the doctor: Jetsons and others."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+from bundled import BUNDLE
+
+from edge_asr.config import Config
 from edge_asr.doctor.children import Answer
+from edge_asr.doctor.examination import examine
+from edge_asr.doctor.patient import Patient
+from edge_asr.doctor.report import Finding, Report
+from edge_asr.doctor.tree import Tree
 
 MEMINFO = """\
 MemTotal:        7619796 kB
@@ -139,6 +150,10 @@ DESKTOP = {
 SERVER = {"proc/meminfo": MEMINFO, "run/systemd/timesync/synchronized": ""}
 """A machine without a GPU, of which a container shows little."""
 
+MACHINES = {"orin": ORIN, "xavier": XAVIER, "thor": THOR, "desktop": DESKTOP, "server": SERVER}
+STRICT: Mapping[str, Any] = {"target": "tensorrt-fp16", "strict": True}
+"""A section `engine` that allows for nothing less than TensorRT."""
+
 ORIN_GPU = {"name": "Orin", "capability": [8, 7], "bytes": 7_802_667_008}
 ONNXRUNTIME = Answer({"version": "1.23.2", "providers": ["CPUExecutionProvider"], "file": ""})
 GPU_ANSWERS: Mapping[str, Answer] = {
@@ -166,3 +181,30 @@ def lay_out(root: Path, files: Mapping[str, str]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     return root
+
+
+def configured(**sections: Any) -> Config:
+    return Config.model_validate({"model": BUNDLE, "mqtt": {"enabled": False}, **sections})
+
+
+def patient(
+    root: Path,
+    files: Mapping[str, str],
+    answers: Mapping[str, Answer] = PLAIN_ANSWERS,
+    usable: Callable[[Path], bool] = lambda path: True,
+    **engine: Any,
+) -> Patient:
+    return Patient(Tree(lay_out(root, files), usable), configured(engine=engine), "", answers)
+
+
+def examined(
+    root: Path, files: Mapping[str, str], answers: Mapping[str, Answer], **sections: Any
+) -> tuple[Report, dict[str, Finding]]:
+    tree = Tree(lay_out(root, files), lambda path: True)
+    report = examine(lambda: configured(**sections), tree, lambda subject: answers[subject])
+    return report, {result.name: result.finding for result in report.results}
+
+
+def run_doctor(*options: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "edge_asr", "doctor", *options]
+    return subprocess.run(command, env={**os.environ, **environ}, capture_output=True, text=True, timeout=120)

@@ -250,7 +250,7 @@ def wall_clock(patient: Patient, kernel: Callable[[], bool | None] | None = None
 
 def kernel_clock() -> bool | None:
     """Return whether the kernel says that somebody keeps its clock right; None where it may not be asked."""
-    state = ctypes.CDLL(None, use_errno=True).adjtimex(ctypes.create_string_buffer(512))  # zeros: only asks
+    state = ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(512))  # zeros: only asks
     return None if state < 0 else state != 5  # TIME_ERROR
 
 

@@ -137,13 +137,16 @@ def _plan_unfit(patient: Patient, plan: Plan) -> str | None:
     release = patient.tree.text(RELEASE_FILE)
     here = {
         "TensorRT": (plan.tensorrt, patient.answer("tensorrt").facts.get("version")),
-        "compute capability": (plan.sm, ".".join(map(str, gpus[0]["capability"])) if gpus else None),
         "GPU": (plan.gpu, gpus[0]["name"] if gpus else None),
+        "compute capability": (plan.sm, ".".join(map(str, gpus[0]["capability"])) if gpus else None),
         "L4T": (plan.l4t, release.splitlines()[0] if release else None),
-        "softmax_fp16": (plan.softmax_fp16, patient.settings.engine.tensorrt.softmax_fp16),
     }
-    different = (f"it was built for {name} {then}, this is {now}" for name, (then, now) in here.items() if then != now)
-    return next(different, None)
+    for what, (then, now) in here.items():
+        if then != now:
+            return f"it was built for {what} {then or 'none'}, here is {now or 'none'}"
+    if plan.softmax_fp16 != patient.settings.engine.tensorrt.softmax_fp16:
+        return f"it was built with engine.tensorrt.softmax_fp16 {'on' if plan.softmax_fp16 else 'off'}"
+    return None
 
 
 def _schema(folder: Path) -> Any:
