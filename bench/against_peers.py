@@ -18,17 +18,16 @@ import re
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script finds its own folder only
 
 from bench import report
 from bench.contestants import CONTESTANTS, Samples
-from bench.measure import Bench, Entry, OutError, Tick, enter, turns, write_sounds
+from bench.measure import Bench, Entry, OutError, enter, turns, write_sounds
 from bench.results import OURS, OURS_FP32, LeftOut, Results
+from bench.terminal import list_of, positive, progress, say
 from edge_asr.errors import AudioError, EdgeAsrError
 from edge_asr.recognizer.bundle import FP32, INT8, Bundle, read_bundle
 from edge_asr.recognizer.manifest import this_machine
@@ -60,7 +59,7 @@ def _run(options: argparse.Namespace, bundle: Bundle) -> None:
         sounds = write_sounds(options.seconds, _sound(options.audio), work)
         entries = _entries(bundle, options.engines or work / "engines", work, results)
         count = turns(len(entries), len(options.seconds), len(options.threads), options.runs)
-        with _progress(count) as tick:
+        with progress(count) as tick:
             bench = Bench(entries, results, sounds, tick)
             for threads in options.threads:
                 bench.measure(threads, options.runs, options.pin)
@@ -69,14 +68,14 @@ def _run(options: argparse.Namespace, bundle: Bundle) -> None:
         options.json.write_text(json.dumps(everything, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     plot = report.write(options.out, results, circumstances)
     for out in results.left_out:
-        _say(f"left out: {out.contestant}, {out.threads} threads: {out.reason}")
+        say(f"left out: {out.contestant}, {out.threads} threads: {out.reason}")
     print(options.out, plot, sep="\n")
 
 
 def _entries(bundle: Bundle, engines: Path, work: Path, results: Results) -> list[Entry]:
     entries = []
     for project, precision in CONTESTANTS:
-        _say(f"preparing {project} {precision}")
+        say(f"preparing {project} {precision}")
         try:
             entries.append(enter(project, precision, bundle, engines, work))
         except OutError as error:
@@ -141,52 +140,13 @@ def _command(options: argparse.Namespace, bundle: Bundle) -> str:
     return shlex.join(words)
 
 
-@contextlib.contextmanager
-def _progress(count: int) -> Iterator[Tick]:
-    """Yield what is told before each turn: a bar in a terminal, a line for each case elsewhere.
-
-    The bar is drawn between turns only: a thread that draws would take time from whoever works.
-    """
-    if not sys.stderr.isatty():
-        yield _Lines()
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=Console(stderr=True), auto_refresh=False) as bar:
-        task = bar.add_task("", total=count)
-
-        def tick(what: str) -> None:
-            bar.update(task, advance=1, description=what, refresh=True)
-
-        yield tick
-
-
-class _Lines:
-    """A line whenever something begins that is not a turn of what is under way."""
-
-    def __init__(self) -> None:
-        self._last = ""
-
-    def __call__(self, what: str) -> None:
-        begun = what.partition(", round")[0]
-        if begun != self._last:
-            _say(begun)
-        self._last = begun
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("bundle", type=Path, metavar="BUNDLE", help="folder of a published model")
-    add("--seconds", type=_list(float), default=[2.0, 5.0, 10.0], metavar="S,...", help="lengths of audio (2,5,10)")
-    add("--threads", type=_list(int), default=[1, 2], metavar="N,...", help="threads of one inference (1,2)")
-    add("--runs", type=_positive(int), default=9, help="rounds of each case (9)")
+    add("--seconds", type=list_of(float), default=[2.0, 5.0, 10.0], metavar="S,...", help="lengths of audio (2,5,10)")
+    add("--threads", type=list_of(int), default=[1, 2], metavar="N,...", help="threads of one inference (1,2)")
+    add("--runs", type=positive(int), default=9, help="rounds of each case (9)")
     add("--pin", action=argparse.BooleanOptionalAction, default=sys.platform == "linux",
         help="pin processes to as many cores as there are threads")  # fmt: skip
     add("--audio", type=Path, metavar="FILE", help="a recording, cut or repeated to each length, for white noise")
@@ -196,30 +156,6 @@ def _arguments() -> argparse.Namespace:
     add("--json", type=Path, metavar="FILE", help="write everything that was measured")
     add("--engines", type=Path, metavar="DIR", help="keep our engines there, take those that are; else built anew")
     return parser.parse_args()
-
-
-Number = TypeVar("Number", int, float)
-
-
-def _positive(kind: Callable[[str], Number]) -> Callable[[str], Number]:
-    def parse(text: str) -> Number:
-        value = kind(text)
-        if not 0 < value < float("inf"):
-            raise ValueError(text)
-        return value
-
-    parse.__name__ = "number above 0"
-    return parse
-
-
-def _list(kind: Callable[[str], Number]) -> Callable[[str], list[Number]]:
-    """Return a parser of values with commas between; ascending, so that memory grows with the length."""
-
-    def parse(text: str) -> list[Number]:
-        return sorted({_positive(kind)(part) for part in text.split(",")})
-
-    parse.__name__ = "list of numbers"
-    return parse
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -22,6 +22,7 @@ import numpy as np
 
 from bench.contestants import EDGE_ASR, FP32, FUNASR, INT8, SHERPA, Samples
 from bench.results import FIRST_S, MEMORY_S, Case, LeftOut, Load, Results, Run
+from bench.terminal import Tick
 from edge_asr.errors import EdgeAsrError, EngineError
 from edge_asr.recognizer.bundle import Bundle
 from edge_asr.types import SAMPLE_RATE
@@ -32,8 +33,6 @@ PATIENCE_S = 600.0
 """A contestant that takes longer to load or to answer is left out."""
 FUNASR_GRAPHS = {INT8: "model_quant.onnx", FP32: "model.onnx"}
 FUNASR_FILES = ("config.yaml", "am.mvn", "tokens.json")
-
-Tick = Callable[[str], None]
 
 
 class OutError(Exception):

@@ -109,7 +109,7 @@ def _conditions(results: Results, circumstances: Circumstances) -> str:
         ("runs", f"{circumstances.rounds} rounds after one that warms up; processes {pinned}"),
         ("command", f"`{circumstances.command}`"),
     ]
-    return _table(("", ""), rows)
+    return table(("", ""), rows)
 
 
 def _versions(project: str, versions: Mapping[str, str]) -> str:
@@ -124,7 +124,7 @@ def _times(results: Results, threads: int) -> str:
     fastest = [_fastest(results, threads, seconds) for seconds in lengths]
     sherpa = [_times_as_long(results.ratio(SHERPA_INT8, threads, seconds)) for seconds in lengths]
     rows += [(f"fastest peer / {OURS}", *fastest), (f"{SHERPA_INT8} / {OURS}", *sherpa)]
-    parts = [title, _table(("", *(f"{seconds:g} s" for seconds in lengths)), rows)]
+    parts = [title, table(("", *(f"{seconds:g} s" for seconds in lengths)), rows)]
     return "\n\n".join(parts)
 
 
@@ -170,7 +170,7 @@ def _memory(results: Results) -> str:
         *(f"{seconds:g} s" for seconds in lengths),
         f"memory run, {MEMORY_S:g} s",
     )
-    return f"{title}\n\n{_table(head, [_memory_row(results, name, threads) for name in results.contestants])}"
+    return f"{title}\n\n{table(head, [_memory_row(results, name, threads) for name in results.contestants])}"
 
 
 def _memory_row(results: Results, name: str, threads: int) -> list[str]:
@@ -187,16 +187,16 @@ def _bars(found: Iterable[Bar]) -> str:
     verdicts = {True: "reached", False: "missed", None: "not measured"}
     rows = [(bar.what, bar.wanted, bar.measured, verdicts[bar.reached]) for bar in found]
     text = f"### The project's own bars\n\nOf {OURS}; `x` is how many times longer the other one takes."
-    return f"{text}\n\n{_table(('', 'wanted', 'measured', ''), rows)}"
+    return f"{text}\n\n{table(('', 'wanted', 'measured', ''), rows)}"
 
 
 def _details(results: Results) -> str:
     head = ("", "threads", "audio", "median", "minimum", "IQR", "tokens", "characters", "features", "encoder", "CIF",
             "decoder", "outside the networks")  # fmt: skip
-    table = _table(head, [_detail(case) for case in results.cases])
+    details = table(head, [_detail(case) for case in results.cases])
     return (
         f"<details><summary>Every case: {UNITS}, interquartile range, what was found, stages</summary>"
-        f"\n\n{table}\n\n</details>"
+        f"\n\n{details}\n\n</details>"
     )
 
 
@@ -219,7 +219,8 @@ def _times_as_long(value: float | None) -> str:
     return "" if value is None else f"{value:.2f} x"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table in Markdown; short rows are filled up."""
     filled = [[*row, *[""] * (len(head) - len(row))] for row in rows]
     lines = [list(head), ["---"] * len(head), *filled]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
