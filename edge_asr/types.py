@@ -43,6 +43,8 @@ class Chunk:
     """Position of the first sample, counted from the start of the source."""
     captured_at: float
     """Monotonic seconds at which the first sample was captured."""
+    lost: bool = False
+    """From here to the next chunk the sound is missing; the samples are zeros. What was being said is cut short."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,6 +46,7 @@ LAYERS = {
     "cli_engine": 5,
     "cli_bench": 5,
     "cli_doctor": 5,
+    "cli_devices": 5,
     "cli": 6,
     "__main__": 7,
 }
@@ -70,7 +71,7 @@ DEVICE_LIBRARIES = {
     "tensorrt": {"recognizer.tensorrt_network", "recognizer.tensorrt_plan", "engine.tensorrt_build", "doctor.probe"},
     "pycuda": {"recognizer.cuda", "engine.tensorrt_build", "doctor.probe"},
     "onnxruntime": {"recognizer.onnx_network", "speech.vad", "doctor.probe"},
-    "sounddevice": {"audio.microphone", "doctor.probe"},
+    "sounddevice": {"audio.portaudio", "doctor.probe"},
     "av": {"audio.decode"},
 }
 """Each device library, and the only modules that may import it."""

@@ -18,7 +18,10 @@ class AudioSource(Protocol):
         """What transcripts call the source: `file:` and the path as given, `stdin`, `microphone:` and the device."""
 
     def chunks(self) -> AsyncIterator[Chunk]:
-        """Yield the sound as it comes; the last chunk is padded with zeros. Raises AudioError."""
+        """Yield the sound as it comes; the last chunk is padded with zeros. Raises AudioError.
+
+        `index` grows by 512, except after a chunk that is `lost`: there it grows by as much sound as is missing.
+        """
 
     def close(self) -> None:
         """End the iteration and release threads and devices; may be called twice, from the event loop's thread."""
@@ -27,11 +30,14 @@ class AudioSource(Protocol):
 class Chunker:
     """Turns blocks of samples of any length into chunks."""
 
-    def __init__(self, captured_at: Callable[[int], float]) -> None:
-        """`captured_at` gives the monotonic seconds of the sample at an index; asked when a chunk is taken."""
+    def __init__(self, captured_at: Callable[[int], float], first: int = 0) -> None:
+        """`captured_at` gives the monotonic seconds of the sample at an index; asked when a chunk is taken.
+
+        `first`: the index of the first sample.
+        """
         self._captured_at = captured_at
         self._rest: Samples = np.zeros(0, np.float32)
-        self._index = 0
+        self._index = first
 
     def push(self, samples: Samples) -> Iterator[Chunk]:
         """Yield the chunks that `samples` (`[n]` float32) complete: views of them. Take all before the next call."""
