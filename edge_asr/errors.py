@@ -35,5 +35,9 @@ class NotFiniteError(EngineError):
     """An answer held infinity or NaN: another engine may do better on the same sound."""
 
 
+class TooLargeError(EngineError):
+    """More at a time than an engine was built for: it may take less."""
+
+
 class BrokenEngineError(EngineError):
     """An engine can compute nothing any more, as after an error of the GPU; it has to be loaded again."""

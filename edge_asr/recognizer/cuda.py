@@ -1,9 +1,8 @@
-"""A GPU through pycuda: context, stream and memory; and CUDA graphs, for which pycuda has no calls."""
+"""A GPU through pycuda: context, stream and memory."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -15,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_asr.errors import BrokenEngineError, EngineError
+from edge_asr.recognizer.cuda_graph import Graph, load_runtime
 
 log = logging.getLogger(__name__)
 
@@ -22,9 +22,9 @@ Bytes = npt.NDArray[np.uint8]
 
 NON_BLOCKING = 1
 """CU_STREAM_NON_BLOCKING: whoever uses the default stream of the process neither waits for us nor we for them."""
-THREAD_LOCAL = 1
-"""cudaStreamCaptureModeThreadLocal: another thread may allocate memory while this one records."""
 RESTART = "restart edge-asr; if it happens again, dmesg says more"
+BAD_INSTALLATION = (ImportError, OSError, AttributeError, ValueError, RuntimeError)
+"""What importing a package raises that is missing, half there, without its libraries, or made for another numpy."""
 FREE_MEMORY = "end what else uses the GPU's memory, or take a smaller model"
 
 _contexts: dict[Any, _Retained] = {}
@@ -98,11 +98,7 @@ class Gpu:
 
     def record(self, launch: Callable[[], bool]) -> Graph:
         """Return what `launch` would do on the stream, as a graph. Raises EngineError."""
-        try:
-            runtime = _runtime(self._driver.get_version()[0])
-        except (OSError, AttributeError) as error:  # it is not there, or older than 11.4
-            raise EngineError(f"CUDA graphs need libcudart ({error})") from error
-        return Graph(runtime, self.stream, launch)
+        return Graph(load_runtime(self._driver.get_version()[0]), self.stream, launch)
 
     def release(self, steps: Iterable[Callable[[], None]]) -> None:
         """Give things back, one after the other, on any thread. After an error of the GPU what fails is gone anyway."""
@@ -127,10 +123,10 @@ class Gpu:
         try:
             yield
         except self._driver.MemoryError as error:
-            raise EngineError(f"{what}: {_first_line(error)}; {FREE_MEMORY}") from error
+            raise EngineError(f"{what}: {first_line(error)}; {FREE_MEMORY}") from error
         except self._driver.Error as error:
             raise kind(
-                f"{what}: {_first_line(error)}; restart edge-asr, and if it happens again look at dmesg"
+                f"{what}: {first_line(error)}; restart edge-asr, and if it happens again look at dmesg"
             ) from error
 
 
@@ -164,40 +160,6 @@ class HostMemory:
         """Give it back; nobody may look at `bytes` any more."""
         self.bytes = np.zeros(0, np.uint8)
         self._allocation.free()
-
-
-class Graph:
-    """Launches that were recorded, with all addresses and shapes."""
-
-    def __init__(self, runtime: ctypes.CDLL, stream: int, launch: Callable[[], bool]) -> None:
-        """Record `launch` on `stream`. Raises EngineError."""
-        self._runtime, self._stream = runtime, ctypes.c_void_p(stream)
-        graph, self._executable = ctypes.c_void_p(), ctypes.c_void_p()
-        self._check(runtime.cudaStreamBeginCapture(self._stream, THREAD_LOCAL))
-        try:
-            launched = launch()
-        finally:
-            status = runtime.cudaStreamEndCapture(self._stream, ctypes.byref(graph))
-        self._check(status)
-        try:
-            if not launched:
-                raise EngineError("the launches cannot be recorded")
-            self._check(runtime.cudaGraphInstantiateWithFlags(ctypes.byref(self._executable), graph, 0))
-        finally:
-            runtime.cudaGraphDestroy(graph)
-
-    def launch(self) -> None:
-        """Do it all again. Raises BrokenEngineError."""
-        self._check(self._runtime.cudaGraphLaunch(self._executable, self._stream), BrokenEngineError)
-
-    def close(self) -> None:
-        """Give it back, once."""
-        self._runtime.cudaGraphExecDestroy(self._executable)
-
-    def _check(self, status: int, kind: type[EngineError] = EngineError) -> None:
-        if status:
-            self._runtime.cudaGetLastError()  # or else the next call of the runtime would report it once more
-            raise kind(f"CUDA graph: {self._runtime.cudaGetErrorString(status).decode(errors='replace')}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,13 +208,13 @@ def unavailable(number: int) -> str | None:
     """Return in one line why GPU `number` cannot be used through pycuda, None where it can."""
     try:
         import pycuda.driver as driver
-    except (ImportError, OSError) as error:
-        return f"pycuda is not installed, or a library of CUDA is missing ({error})"
+    except BAD_INSTALLATION as error:
+        return f"pycuda cannot be loaded ({first_line(error)})"
     try:
         driver.init()
         count = driver.Device.count()
     except driver.Error as error:
-        return f"CUDA finds no GPU ({_first_line(error)})"
+        return f"CUDA finds no GPU ({first_line(error)})"
     return None if number < count else f"there is no GPU {number} (engine.gpu), only {count} of them, counted from 0"
 
 
@@ -297,24 +259,10 @@ def _release(driver: Any, number: int) -> None:
         thread.join()
 
 
-def _runtime(major: int) -> ctypes.CDLL:
-    """Load libcudart of CUDA `major`. Raises OSError."""
-    version = "11.0" if major == 11 else str(major)
-    runtime = ctypes.CDLL(f"libcudart.so.{version}")
-    pointer = ctypes.c_void_p
-    runtime.cudaStreamBeginCapture.argtypes = [pointer, ctypes.c_int]
-    runtime.cudaStreamEndCapture.argtypes = [pointer, pointer]
-    runtime.cudaGraphInstantiateWithFlags.argtypes = [pointer, pointer, ctypes.c_ulonglong]
-    runtime.cudaGraphLaunch.argtypes = [pointer, pointer]
-    runtime.cudaGraphExecDestroy.argtypes = [pointer]
-    runtime.cudaGraphDestroy.argtypes = [pointer]
-    runtime.cudaGetErrorString.restype = ctypes.c_char_p
-    return runtime
-
-
 def _megabytes(size: int) -> str:
     return f"{size / 2**20:.1f} MB"
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return what an error says, in one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

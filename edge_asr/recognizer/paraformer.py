@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from edge_asr.errors import BundleError, EngineError
+from edge_asr.errors import BundleError, EngineError, NotFiniteError, TooLargeError
 from edge_asr.recognizer.bundle import Bundle, cmvn_from_metadata
 from edge_asr.recognizer.cif import Alphas, overlaps, token_times
 from edge_asr.recognizer.features import WIDTH, FeatureExtractor, Features
-from edge_asr.recognizer.network import Arrays, Network
+from edge_asr.recognizer.network import Arrays, DeviceArray, Network
 from edge_asr.recognizer.tokens import SPECIAL_IDS, join
 from edge_asr.types import SAMPLE_RATE, Recognition, Samples, Token
 
@@ -72,7 +72,7 @@ class Paraformer:
         return self._recognition(decoded, stages)
 
     def recognize_batch(self, batch: Sequence[Samples], padding: int = 0) -> list[Recognition]:
-        """Recognise several segments, in one run where the engine can; each as if it were alone.
+        """Recognise several segments, in as few runs as the engine can; each as if it were alone.
 
         `padding`: frames that inputs are filled up with beyond the longest. Raises EngineError.
         """
@@ -81,7 +81,7 @@ class Paraformer:
         stages: dict[str, float] = {}
         with timed(stages, "features"):
             features = [self._features(samples) for samples in batch]
-        return [self._recognition(decoded, stages) for decoded in self._decode(features, stages, padding)]
+        return [self._recognition(decoded, stages) for decoded in self._decode_in_parts(features, stages, padding)]
 
     def decode(self, samples: Samples) -> Decoded:
         """Return what the networks say of `[n]` samples, before it becomes text. Raises EngineError."""
@@ -92,6 +92,17 @@ class Paraformer:
         """Release the networks."""
         self._encoder.close()
         self._decoder.close()
+
+    def _decode_in_parts(self, batch: Sequence[Features], stages: dict[str, float], padding: int) -> list[Decoded]:
+        """Do as _decode does, in two runs or more where one would be too large for the engine."""
+        try:
+            return self._decode(batch, stages, padding)
+        except TooLargeError:
+            if len(batch) < 2:
+                raise
+        middle = len(batch) // 2
+        parts = (batch[:middle], batch[middle:])
+        return [decoded for part in parts for decoded in self._decode_in_parts(part, stages, padding)]
 
     def _decode(self, batch: Sequence[Features], stages: dict[str, float], padding: int = 0) -> list[Decoded]:
         """Return what the networks say of each `[T, 560]` of features."""
@@ -128,7 +139,9 @@ class Paraformer:
             row[: len(features)] += self._positions[: len(features)]
         return x
 
-    def _decoder_inputs(self, enc: Features, cifs: Sequence[Features], mask: Features, most: int) -> Arrays:
+    def _decoder_inputs(
+        self, enc: Features | DeviceArray, cifs: Sequence[Features], mask: Features, most: int
+    ) -> Arrays:
         cif = np.zeros((len(cifs), most, enc.shape[1]), np.float32)
         for row, shares in zip(cif, cifs, strict=True):
             row[: len(shares), : shares.shape[1]] = shares
@@ -143,7 +156,7 @@ class Paraformer:
 
     def _check_finite(self, values: npt.NDArray[np.float32]) -> None:
         if not np.isfinite(values).all():
-            raise EngineError(f"{self.bundle.folder}: its engine gives no finite numbers; copy the bundle again")
+            raise NotFiniteError(f"{self.bundle.folder}: its engine gives no finite numbers; copy the bundle again")
 
 
 def recognition(

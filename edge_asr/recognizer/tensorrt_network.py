@@ -15,14 +15,14 @@ import numpy.typing as npt
 
 from edge_asr.errors import BrokenEngineError, EngineError
 from edge_asr.recognizer import cuda
-from edge_asr.recognizer.cuda import DeviceMemory, Gpu, Graph, HostMemory
+from edge_asr.recognizer.cuda import DeviceMemory, Gpu
+from edge_asr.recognizer.cuda_graph import Graph
+from edge_asr.recognizer.gpu_buffers import STAYS, Buffers
 from edge_asr.recognizer.network import Arrays
 from edge_asr.recognizer.tensorrt_plan import LoadedPlan, Profile, Shape, Sizes, Tensor
 
 log = logging.getLogger(__name__)
 
-STAYS = "enc"
-"""The tensor that the encoder leaves on the GPU, for the decoder."""
 OLDEST = (8, 5)
 BUCKETS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 """Frames and tokens that launches are recorded for; what lies between is filled up."""
@@ -64,10 +64,12 @@ def unavailable(gpu: int = 0) -> str | None:
     """Return in one line why this machine cannot run TensorRT on that GPU, None where it can."""
     try:
         import tensorrt
-    except (ImportError, OSError) as error:  # OSError: a library behind it is missing
-        return f"TensorRT is not installed, or cannot be loaded ({error})"
-    version = str(tensorrt.__version__)
-    if tuple(map(int, version.split(".")[:2])) < OLDEST:
+
+        version = str(tensorrt.__version__)
+        numbers = tuple(map(int, version.split(".")[:2]))
+    except cuda.BAD_INSTALLATION as error:
+        return f"TensorRT is not installed, or cannot be loaded ({cuda.first_line(error)})"
+    if numbers < OLDEST:
         return f"TensorRT {version} is too old, the oldest that will do is 8.5.2"
     return cuda.unavailable(gpu)
 
@@ -95,18 +97,20 @@ def load_networks(
     """
     if (why := unavailable(options.gpu)) is not None:
         raise EngineError(why)
-    with contextlib.ExitStack() as undo:
-        device = _Device(options)
-        undo.callback(device.close)
-        plans = []
-        for path in (encoder_plan, decoder_plan):
-            plans.append(LoadedPlan(path, device.gpu))
-            undo.callback(device.gpu.release, [plans[-1].close])
-        device.share(plans)
-        encoder = TensorRtNetwork(plans[0], device, metadata)
-        undo.callback(encoder.close)
-        decoder = TensorRtNetwork(plans[1], device, {})
-        undo.pop_all()
+    device = _Device(options)
+    try:
+        with contextlib.ExitStack() as undo:
+            plans = []
+            for path in (encoder_plan, decoder_plan):
+                plans.append(LoadedPlan(path, device.gpu))
+                undo.callback(device.gpu.release, [plans[-1].close])
+            device.share(plans)
+            encoder = TensorRtNetwork(plans[0], device, metadata)
+            undo.callback(encoder.close)
+            decoder = TensorRtNetwork(plans[1], device, {})
+            undo.pop_all()
+    finally:
+        device.release()
     return encoder, decoder
 
 
@@ -135,11 +139,11 @@ class GpuArray:
 
 
 class _Device:
-    """A GPU, and the memory that contexts share while they compute."""
+    """A GPU, and the memory that contexts share while they compute; given back by the last who uses it."""
 
     def __init__(self, options: TensorRtOptions) -> None:
         self.options, self.gpu = options, Gpu(options.gpu)
-        self.users = 0
+        self._users = 1
         self._activations: DeviceMemory | None = None
 
     def share(self, plans: Sequence[LoadedPlan]) -> None:
@@ -150,10 +154,15 @@ class _Device:
         for plan in plans:
             plan.share(self._activations)
 
-    def close(self) -> None:
+    def retain(self) -> None:
+        self._users += 1
+
+    def release(self) -> None:
+        self._users -= 1
+        if self._users:
+            return
         if self._activations is not None:
             self.gpu.release([self._activations.free])
-            self._activations = None
         self.gpu.close()
 
 
@@ -165,7 +174,7 @@ class _Work:
     asked: Sizes
     sizes: Sizes
     """Filled up to what the profile takes, or the bucket."""
-    buffers: _Buffers
+    buffers: Buffers
     addresses: Mapping[str, int]
 
     @property
@@ -190,11 +199,11 @@ class TensorRtNetwork:
         self._plan = plan
         self._records = device.options.cuda_graphs
         self._graphs: OrderedDict[tuple[Any, ...], _Recorded] = OrderedDict()
-        self._buffers: dict[bool, _Buffers] = {}
+        self._buffers: dict[bool, Buffers] = {}
         self._closed = False
         with device.gpu.current():
             self._buffers_of(plan.profiles[0])
-        device.users += 1
+        device.retain()
 
     def run(self, inputs: Arrays) -> Arrays:
         """Compute. `enc` stays on the GPU: it is a GpuArray, which the decoder wants. Raises EngineError."""
@@ -219,9 +228,7 @@ class TensorRtNetwork:
         self.device.gpu.release([*graphs, self._plan.close, *buffers])
         self._graphs.clear()
         self._buffers.clear()
-        self.device.users -= 1
-        if not self.device.users:
-            self.device.close()
+        self.device.release()
 
     def _work(self, inputs: Arrays) -> _Work:
         asked, fixed, addresses = self._sizes(inputs)
@@ -255,15 +262,14 @@ class TensorRtNetwork:
             size = next((bucket for bucket in BUCKETS if bucket >= size), profile.high[axis])
         return min(max(size, profile.low[axis]), profile.high[axis])
 
-    def _buffers_of(self, profile: Profile) -> _Buffers:
+    def _buffers_of(self, profile: Profile) -> Buffers:
         """Return the memory for its inputs and outputs; profiles for one utterance share theirs, those for more too."""
         alone = profile.high["B"] == 1
         if alone not in self._buffers:
             sizes = [one.high for one in self._plan.profiles if (one.high["B"] == 1) == alone]
-            tensors = [*self._plan.inputs.values(), *self._plan.outputs.values()]
-            borrowed = {STAYS} & set(self._plan.inputs)
-            wanted = [tensor for tensor in tensors if tensor.name not in borrowed]
-            self._buffers[alone] = _Buffers(self.device, wanted, sizes)
+            inputs = [tensor for name, tensor in self._plan.inputs.items() if name != STAYS]
+            wanted = [*inputs, *self._plan.outputs.values()]
+            self._buffers[alone] = Buffers(self.device.gpu, wanted, sizes, self.device.options.mapped_memory)
         return self._buffers[alone]
 
     def _compute(self, work: _Work) -> Mapping[str, Shape]:
@@ -313,61 +319,6 @@ class TensorRtNetwork:
             else:
                 results[name] = work.buffers.read(tensor, whole, shape)
         return results
-
-
-class _Buffers:
-    """Memory for inputs and outputs: taken once, on both sides, large enough for every profile of a kind."""
-
-    def __init__(self, device: _Device, tensors: Sequence[Tensor], sizes: Sequence[Sizes]) -> None:
-        """Raises EngineError where there is not enough."""
-        self._gpu, self._mapped = device.gpu, device.options.mapped_memory
-        self._host: dict[str, HostMemory] = {}
-        self._device: list[DeviceMemory] = []
-        self.addresses: dict[str, int] = {}
-        try:
-            for tensor in tensors:
-                self._allocate(tensor.name, max(map(tensor.bytes_for, sizes)))
-        except BaseException:  # whatever it was, what has been taken is given back
-            self.free()
-            raise
-
-    def send(self, tensor: Tensor, array: npt.NDArray[Any], shape: Shape) -> None:
-        """Begin to copy an input to the GPU, filled up with zeros to `shape`: masks are 0 there."""
-        part = self._part(tensor, shape)
-        whole = part.view(tensor.dtype).reshape(shape)
-        if array.shape != shape:
-            whole.fill(0)
-        whole[tuple(map(slice, array.shape))] = array
-        if not self._mapped:
-            self._gpu.send(part, self.addresses[tensor.name])
-
-    def fetch(self, tensor: Tensor, shape: Shape) -> None:
-        """Begin to copy an output from the GPU."""
-        if not self._mapped:
-            self._gpu.fetch(self._part(tensor, shape), self.addresses[tensor.name])
-
-    def read(self, tensor: Tensor, whole: Shape, shape: Shape) -> npt.NDArray[Any]:
-        """Return a copy of an output that has been fetched, without what was filled up; integers of 64 bits."""
-        array = self._part(tensor, whole).view(tensor.dtype).reshape(whole)[tuple(map(slice, shape))]
-        return array.astype(np.int64 if array.dtype.kind == "i" else array.dtype)
-
-    def free(self) -> None:
-        """Give everything back."""
-        steps = [*(one.free for one in self._host.values()), *(one.free for one in self._device)]
-        self._host, self._device = {}, []
-        self._gpu.release(steps)
-
-    def _allocate(self, name: str, size: int) -> None:
-        if name != STAYS:
-            self._host[name] = self._gpu.allocate_host(size, name, self._mapped)
-            if self._mapped:
-                self.addresses[name] = self._host[name].address
-                return
-        self._device.append(self._gpu.allocate(size, name))
-        self.addresses[name] = self._device[-1].address
-
-    def _part(self, tensor: Tensor, shape: Shape) -> npt.NDArray[np.uint8]:
-        return self._host[tensor.name].bytes[: int(np.prod(shape)) * tensor.dtype.itemsize]
 
 
 def _l4t() -> str | None:

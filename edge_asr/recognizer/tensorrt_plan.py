@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from edge_asr.errors import EngineError
-from edge_asr.recognizer.cuda import DeviceMemory, Gpu
+from edge_asr.errors import EngineError, TooLargeError
+from edge_asr.recognizer.cuda import FREE_MEMORY, DeviceMemory, Gpu
 from edge_asr.recognizer.manifest import REMEDY
 
 log = logging.getLogger(__name__)
@@ -90,13 +90,15 @@ class LoadedPlan:
         self._contexts: dict[int, Any] = {}
         self._activations: DeviceMemory | None = None
         with gpu.current():
-            self._runtime, self._engine = self._load()
+            self._runtime = self._new_runtime()
+            self._engine = self._load()
             try:
                 tensors = [self._tensor(self._engine.get_tensor_name(i)) for i in range(self._engine.num_io_tensors)]
                 self.inputs = {one.name: one for one in tensors if self._is_input(one.name)}
                 self.outputs = {one.name: one for one in tensors if one.name not in self.inputs}
                 self.profiles = [self._profile(i) for i in range(self._engine.num_optimization_profiles)]
             except (KeyError, ValueError) as error:
+                self.close()
                 raise EngineError(f"{path}: no plan of edge-asr ({error}); {REMEDY}") from error
 
     @property
@@ -111,12 +113,12 @@ class LoadedPlan:
         self._activations = activations
 
     def profile_for(self, sizes: Sizes, fixed: Sizes) -> Profile:
-        """Return the first profile that holds the sizes. Raises EngineError where there is none."""
+        """Return the first profile that holds the sizes. Raises TooLargeError where there is none."""
         for profile in self.profiles:
             if profile.holds(sizes, fixed):
                 return profile
         most = "; ".join(map(str, self.profiles))
-        raise EngineError(f"{self.path}: {describe({**sizes, **fixed})} are too many, it takes at most: {most}")
+        raise TooLargeError(f"{self.path}: {describe({**sizes, **fixed})} are too many, it takes at most: {most}")
 
     def bind(self, profile: Profile, sizes: Sizes, addresses: Mapping[str, int]) -> Mapping[str, Shape]:
         """Prepare a context for inputs of these sizes at these addresses; return the shapes of the outputs."""
@@ -126,7 +128,11 @@ class LoadedPlan:
             self._check(context.set_input_shape(name, shape), f"refuses {name} {shape}")
         for name, address in addresses.items():
             self._check(context.set_tensor_address(name, address), f"refuses the address of {name}")
-        self._check(not context.infer_shapes(), "cannot tell the shapes of its outputs")
+        try:
+            missing = context.infer_shapes()
+        except RuntimeError:  # what its bindings raise where shapes disagree
+            missing = list(self.inputs)
+        self._check(not missing, "cannot tell the shapes of its outputs")
         shapes = {name: tuple(context.get_tensor_shape(name)) for name in self.outputs}
         for name, shape in shapes.items():
             self._check(shape == self.outputs[name].shape_for(sizes), f"would answer {name} {shape}")
@@ -138,8 +144,9 @@ class LoadedPlan:
         return bool(self._contexts[profile.index].execute_async_v3(self._gpu.stream))
 
     def error(self, what: str) -> EngineError:
-        """Return the error to raise, with what TensorRT said."""
-        return EngineError(f"{self.path}: TensorRT {what}{self._log.quote()}")
+        """Return the error to raise, with what TensorRT said and the remedy."""
+        remedy = FREE_MEMORY if self._log.lacked_memory() else REMEDY
+        return EngineError(f"{self.path}: TensorRT {self._trt.__version__} {what}{self._log.quote()}; {remedy}")
 
     def close(self) -> None:
         """Forget contexts and engine, in this order; within the GPU's context. Twice does no harm."""
@@ -147,24 +154,21 @@ class LoadedPlan:
         self._engine = None
         self._runtime = None
 
-    def _load(self) -> tuple[Any, Any]:
+    def _new_runtime(self) -> Any:
         self._log.errors.clear()
         try:
-            runtime = self._trt.Runtime(self._log)
+            return self._trt.Runtime(self._log)
         except TypeError as error:  # of pybind11, where the factory answers nothing
             raise EngineError(f"TensorRT cannot use GPU {self._gpu.number}{self._log.quote()}") from error
+
+    def _load(self) -> Any:
         try:
             with self.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                engine = runtime.deserialize_cuda_engine(content)
+                engine = self._runtime.deserialize_cuda_engine(content)
         except (OSError, ValueError) as error:  # ValueError: it is empty
             raise EngineError(f"{self.path}: cannot be read ({error}); {REMEDY}") from error
-        if engine is None:
-            version = self._trt.__version__
-            raise EngineError(
-                f"{self.path}: TensorRT {version} cannot load it, it is damaged, or for another TensorRT or"
-                f" GPU{self._log.quote()}; {REMEDY}"
-            )
-        return runtime, engine
+        self._check(engine is not None, "cannot load it: damaged, or for another TensorRT or GPU")
+        return engine
 
     def _tensor(self, name: str) -> Tensor:
         """Raises KeyError, ValueError where it is none of our networks'."""
@@ -185,6 +189,8 @@ class LoadedPlan:
                 if axis != ".":
                     low[axis] = max(smallest, low.get(axis, smallest))
                     high[axis] = min(largest, high.get(axis, largest))
+        if not {"B", "T"} <= set(high):
+            raise ValueError(f"profile {index} {high}")
         return Profile(index, low, high)
 
     def _context(self, profile: Profile) -> Any:
@@ -246,6 +252,10 @@ def _logger(trt: Any) -> Any:
                 self.errors.append(msg)
             if severity not in (trt.ILogger.Severity.INFO, trt.ILogger.Severity.VERBOSE):
                 log.debug("TensorRT: %s", msg)
+
+        def lacked_memory(self) -> bool:
+            """Tell whether an error was for want of memory."""
+            return any("memory" in line.lower() and "illegal" not in line.lower() for line in list(self.errors))
 
         def quote(self) -> str:
             """Return the first error since they were cleared, the cause of the others, in brackets."""
