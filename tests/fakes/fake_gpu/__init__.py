@@ -15,6 +15,7 @@ FAKE_GPU_NAN_AT     the n-th execution and all later ones answer NaN
 from __future__ import annotations
 
 import bisect
+import contextlib
 import ctypes
 import itertools
 import os
@@ -84,6 +85,7 @@ class Stream:
         self.capture = None
         """What has been recorded since cudaStreamBeginCapture."""
         self.capture_mode = 0
+        self.capture_thread = None
         self.capture_broken = False
 
 
@@ -212,8 +214,10 @@ class Gpu:
 
     def forbid_while_capturing(self):
         """Break the captures that do not allow calls like the one being made."""
+        here = threading.get_ident()
         for stream in self.streams.values():
-            if stream.capture is not None and stream.capture_mode != 2:
+            forbids = stream.capture_mode == 0 or (stream.capture_mode == 1 and stream.capture_thread == here)
+            if stream.capture is not None and forbids:
                 stream.capture_broken = True
                 raise CudaError(CAPTURE_UNSUPPORTED)
 
@@ -242,6 +246,14 @@ class Gpu:
             self.check()
             for stream in list(self.streams.values()):
                 if stream.blocking or not blocking_only:
+                    self.synchronize(stream)
+
+    def settle(self):
+        """Do all work before memory is given back; where something went wrong before, that is all the same."""
+        with contextlib.suppress(CudaError):
+            self.forbid_while_capturing()
+            for stream in list(self.streams.values()):
+                if stream.capture is None:
                     self.synchronize(stream)
 
     # Faults, and what is left

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import os
+import threading
 from ctypes import c_char_p, c_int, c_size_t, c_ulonglong, c_void_p
 
 import fake_gpu
@@ -38,6 +39,7 @@ def _begin_capture(gpu, stream, mode):
         return fake_gpu.CAPTURE_UNSUPPORTED
     gpu.check()
     found.capture, found.capture_mode, found.capture_broken = [], mode, False
+    found.capture_thread = threading.get_ident()
     return SUCCESS
 
 

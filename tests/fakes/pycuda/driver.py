@@ -295,9 +295,7 @@ class DeviceAllocation(_Dependent):
         self._give_back("device_allocation::free")
 
     def _destroy(self):
-        # cuMemFree waits for what runs on the device.
-        if gpu.error is None:
-            _call("cuMemFree", gpu.synchronize_all)
+        gpu.settle()
         gpu.release(self._allocation)
 
 
@@ -343,8 +341,7 @@ class PagelockedHostAllocation(_Dependent):
         self._give_back("pagelocked_host_allocation::free")
 
     def _destroy(self):
-        if gpu.error is None:
-            _call("cuMemFreeHost", gpu.synchronize_all)
+        gpu.settle()
         gpu.release(self._allocation)
 
 

@@ -128,10 +128,10 @@ class ICudaEngine:
         return (total * 16 + 511) // 512 * 512 + 512
 
     @property
-    def device_memory_size(self):
+    def _most_activations(self):
         return max(self._activation_size(index) for index in range(self.num_optimization_profiles))
 
-    device_memory_size_v2 = device_memory_size
+    device_memory_size = device_memory_size_v2 = _most_activations
 
     def get_device_memory_size_for_profile(self, profile_index):
         return self._activation_size(profile_index)
@@ -181,7 +181,7 @@ class IExecutionContext:
         self._engine = engine
         self._logger = engine._logger
         self._user_managed = user_managed
-        self._own = None if user_managed else gpu.allocate(engine.device_memory_size, "activations")
+        self._own = None if user_managed else gpu.allocate(engine._most_activations, "activations")
         self._memory, self._memory_size = (0, 0) if user_managed else (self._own.address, self._own.size)
         self._profile = 0 if PROFILES_ARE_SHARED or 0 not in engine._busy else -1
         engine._busy.add(self._profile)
@@ -234,7 +234,7 @@ class IExecutionContext:
 
     @device_memory.setter
     def device_memory(self, memory):
-        self._set_memory("setDeviceMemory", memory, self.engine.device_memory_size)
+        self._set_memory("setDeviceMemory", memory, self.engine._most_activations)
 
     def set_device_memory(self, memory, size):
         self._set_memory("setDeviceMemoryV2", memory, size)

@@ -1,0 +1,768 @@
+"""The fakes of TensorRT and pycuda: they compute, and they enforce the rules that the real ones have."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import pytest
+from onnx import TensorProto, helper
+from tensorrt_fakes import FOLDER, RELEASES, fake_tensorrt
+
+WIDTH = 4
+PROFILES = ((1, 4, 8), (4, 8, 16))
+"""Frames at least, as a rule, at most."""
+
+
+def model(*nodes: onnx.NodeProto, opset: int = 13) -> onnx.ModelProto:
+    """Return a graph that doubles `x`, adds `mask` to it, and says where each row is greatest."""
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["B", "T", WIDTH])
+    mask = helper.make_tensor_value_info("mask", TensorProto.FLOAT, ["B", "T", 1])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["B", "T", WIDTH])
+    ids = helper.make_tensor_value_info("ids", TensorProto.INT64, ["B", "T"])
+    double = [
+        helper.make_node("Mul", ["x", "two"], ["doubled"], name="double"),
+        helper.make_node("Add", ["doubled", "mask"], ["y"], name="add"),
+        helper.make_node("ArgMax", ["y"], ["ids"], name="best", axis=2, keepdims=0),
+    ]
+    two = helper.make_tensor("two", TensorProto.FLOAT, [], [2.0])
+    graph = helper.make_graph([*double, *nodes], "fake", [x, mask], [y, ids], [two])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+
+
+class Log:
+    """What TensorRT said."""
+
+    def __init__(self, trt: Any) -> None:
+        self.lines: list[str] = []
+
+        class Logger(trt.ILogger):  # type: ignore[misc]
+            def __init__(self) -> None:
+                trt.ILogger.__init__(self)
+
+            def log(this, severity: Any, msg: str) -> None:  # noqa: N805
+                self.lines.append(f"{severity.name}: {msg}")
+
+        self.logger = Logger()
+
+
+class Machine:
+    """A fake machine with a context, a stream, and the ways to build and to load."""
+
+    def __init__(self, gpu: Any) -> None:
+        self.gpu = gpu
+        self.trt: Any = importlib.import_module("tensorrt")
+        self.driver: Any = importlib.import_module("pycuda.driver")
+        self.log = Log(self.trt)
+        self.driver.init()
+        self.context = self.driver.Device(0).retain_primary_context()
+        self.context.push()
+        self.stream = self.driver.Stream(1)
+
+    def network(self, graph: onnx.ModelProto) -> tuple[Any, Any, Any, bool]:
+        builder = self.trt.Builder(self.log.logger)
+        flags = self.trt.NetworkDefinitionCreationFlag
+        wanted = [getattr(flags, name) for name in ("EXPLICIT_BATCH", "STRONGLY_TYPED") if hasattr(flags, name)]
+        network = builder.create_network(sum(1 << int(flag) for flag in wanted))
+        parser = self.trt.OnnxParser(network, self.log.logger)
+        return builder, network, parser, parser.parse(graph.SerializeToString())
+
+    def build(self, graph: onnx.ModelProto | None = None, change: Callable[[Any], object] | None = None) -> Any:
+        """Return a plan, None where there is none; `change` has a last look at the configuration."""
+        builder, network, _, parsed = self.network(graph or model())
+        assert parsed, self.log.lines
+        config = builder.create_builder_config()
+        for frames in PROFILES:
+            profile = builder.create_optimization_profile()
+            profile.set_shape("x", *((1, size, WIDTH) for size in frames))
+            profile.set_shape("mask", *((1, size, 1) for size in frames))
+            config.add_optimization_profile(profile)
+        if change is not None:
+            change(config)
+        return builder.build_serialized_network(network, config)
+
+    def load(self, plan: Any) -> Any:
+        return self.trt.Runtime(self.log.logger).deserialize_cuda_engine(plan)
+
+    def ready(self, frames: int = 3, profile: int = 0) -> Ready:
+        return Ready(self, self.load(self.build()), frames, profile)
+
+
+class Ready:
+    """A context with all that it needs."""
+
+    def __init__(self, machine: Machine, engine: Any, frames: int, profile: int) -> None:
+        driver, self.machine = machine.driver, machine
+        self.context = engine.create_execution_context()
+        self.context.set_optimization_profile_async(profile, machine.stream.handle)
+        self.shapes = {"x": (1, frames, WIDTH), "mask": (1, frames, 1)}
+        for name, shape in self.shapes.items():
+            assert self.context.set_input_shape(name, shape)
+        values = np.arange(frames * WIDTH, dtype=np.float32).reshape(1, frames, WIDTH)
+        self.host = {"x": values, "mask": np.ones((1, frames, 1), np.float32)}
+        self.pinned = {name: driver.pagelocked_empty(array.shape, array.dtype) for name, array in self.host.items()}
+        self.result = driver.pagelocked_zeros(values.shape, np.float32)
+        sizes = {name: array.nbytes for name, array in self.host.items()}
+        self.memory = {name: driver.mem_alloc(size) for name, size in {**sizes, "y": values.nbytes}.items()}
+        self.memory["ids"] = driver.mem_alloc(8 * frames)
+        for name, memory in self.memory.items():
+            assert self.context.set_tensor_address(name, int(memory))
+
+    @property
+    def expected(self) -> npt.NDArray[np.float32]:
+        return self.host["x"] * 2 + 1
+
+    def run(self) -> bool:
+        """Begin all; nothing is done before somebody waits."""
+        for name, array in self.pinned.items():
+            array[:] = self.host[name]
+            self.machine.driver.memcpy_htod_async(int(self.memory[name]), array, self.machine.stream)
+        begun = bool(self.context.execute_async_v3(self.machine.stream.handle))
+        self.machine.driver.memcpy_dtoh_async(self.result, int(self.memory["y"]), self.machine.stream)
+        return begun
+
+
+@contextmanager
+def machine(release: str = "10.3", **settings: Any) -> Iterator[Machine]:
+    with fake_tensorrt(release, **settings) as gpu:
+        made = Machine(gpu)
+        try:
+            yield made
+        finally:
+            made.stream = None
+            made.driver.Context.pop()
+            del made
+
+
+@pytest.fixture
+def here(request: pytest.FixtureRequest) -> Iterator[Machine]:
+    """Yield a machine with 10.3, or as the parameter says; by its end, what the test made is gone."""
+    with machine(**getattr(request, "param", {})) as made:
+        yield made
+
+
+def on(release: str = "10.3", **settings: Any) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("here", [{"release": release, **settings}], ids=[release], indirect=True)
+
+
+on_each_release = pytest.mark.parametrize("here", [{"release": one} for one in RELEASES], ids=RELEASES, indirect=True)
+
+
+# It computes
+
+
+@on_each_release
+def test_a_plan_computes_when_somebody_waits(here: Machine) -> None:
+    ready = here.ready()
+    assert ready.run()
+    assert not ready.result.any(), "nothing is done before"
+    here.stream.synchronize()
+    assert np.array_equal(ready.result, ready.expected)
+    kind = ready.context.engine.get_tensor_dtype("ids").name
+    assert kind == ("INT32" if here.trt.__version__.startswith("8.") else "INT64"), "8.x has no 64-bit integers"
+
+
+def test_outputs_have_the_shape_that_inputs_give_them(here: Machine) -> None:
+    context = here.load(here.build()).create_execution_context()
+    assert tuple(context.get_tensor_shape("y")) == (-1, -1, WIDTH)
+    assert context.infer_shapes() == ["x", "mask"]
+    context.set_input_shape("x", (1, 5, WIDTH))
+    context.set_input_shape("mask", (1, 5, 1))
+    assert context.infer_shapes() == []
+    assert (tuple(context.get_tensor_shape("y")), tuple(context.get_tensor_shape("ids"))) == ((1, 5, WIDTH), (1, 5))
+
+
+def test_child_processes_get_the_same_fakes() -> None:
+    code = f"import sys; sys.path.insert(0, {str(FOLDER)!r}); import tensorrt; print(tensorrt.__version__)"
+    environment = {**os.environ, "FAKE_TENSORRT": "11.4"}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert result.stdout.strip() == "11.4.0.106", result.stderr
+
+
+def test_nothing_is_left_of_the_fakes() -> None:
+    with fake_tensorrt():
+        importlib.import_module("pycuda.driver")
+    assert not {"tensorrt", "pycuda", "fake_gpu"} & set(sys.modules)
+    assert str(FOLDER) not in sys.path
+    assert ctypes.CDLL.__name__ == "CDLL"
+
+
+# Releases differ
+
+
+@pytest.mark.parametrize(
+    ("name", "releases"),
+    [
+        ("BuilderFlag.FP16", ("8.5", "10.3", "10.13", "10.16")),
+        ("BuilderFlag.OBEY_PRECISION_CONSTRAINTS", ("8.5", "10.3", "10.13", "10.16")),
+        ("NetworkDefinitionCreationFlag.EXPLICIT_BATCH", ("8.5", "10.3", "10.13", "10.16")),
+        ("NetworkDefinitionCreationFlag.STRONGLY_TYPED", ("10.3", "10.13", "10.16", "11.4")),
+        ("ILayer.precision", ("8.5", "10.3", "10.13", "10.16")),
+        ("INetworkDefinition.add_normalization", ("10.3", "10.13", "10.16", "11.4")),
+        ("ICudaEngine.create_execution_context_without_device_memory", ("8.5", "10.3", "10.13", "10.16")),
+        ("ICudaEngine.device_memory_size", ("8.5", "10.3", "10.13", "10.16")),
+        ("ICudaEngine.device_memory_size_v2", ("10.3", "10.13", "10.16", "11.4")),
+        ("IExecutionContext.set_device_memory", ("10.3", "10.13", "10.16", "11.4")),
+        ("IExecutionContext.device_memory", RELEASES),
+        ("IBuilderConfig.progress_monitor", ("10.3", "10.13", "10.16", "11.4")),
+        ("IProgressMonitor", ("10.3", "10.13", "10.16", "11.4")),
+        ("ExecutionContextAllocationStrategy.USER_MANAGED", ("10.3", "10.13", "10.16", "11.4")),
+    ],
+)
+def test_members_come_and_go_with_releases(name: str, releases: tuple[str, ...]) -> None:
+    assert tuple(release for release in RELEASES if name in members(release)) == releases
+
+
+@functools.cache
+def members(release: str) -> frozenset[str]:
+    """Return the names of the module and of what is in it, `Builder.create_network`."""
+    with fake_tensorrt(release):
+        trt = importlib.import_module("tensorrt")
+        inner = {f"{kind}.{name}" for kind, found in vars(trt).items() for name in dir(found)}
+        return frozenset({*vars(trt), *inner})
+
+
+def test_integers_of_enumerations_shift() -> None:
+    values = {}
+    for release in RELEASES:
+        with fake_tensorrt(release):
+            flags = importlib.import_module("tensorrt").BuilderFlag
+            values[release] = (int(flags.TF32), int(flags.SAFETY_SCOPE))
+    assert values["8.5"] != values["10.3"]
+
+
+@on("8.5")
+def test_what_a_release_lacks_cannot_be_set_either(here: Machine) -> None:
+    config = here.trt.Builder(here.log.logger).create_builder_config()
+    with pytest.raises(AttributeError, match="builder_optimization_level"):
+        config.builder_optimization_level = 3
+
+
+# Building
+
+
+def test_layer_normalization_is_refused_before_it_was_known() -> None:
+    node = helper.make_node("LayerNormalization", ["x", "scale"], ["z"], name="norm")
+    graph = model(node, opset=17)
+    graph.graph.initializer.append(helper.make_tensor("scale", TensorProto.FLOAT, [WIDTH], [1.0] * WIDTH))
+    for release, expected in (("8.5", False), ("10.3", True)):
+        with machine(release) as here:
+            _, _, parser, parsed = here.network(graph)
+            assert parsed == expected
+            assert parser.num_errors == (not expected)
+            if not parsed:
+                assert "LayerNormalization" in parser.get_error(0).desc()
+                assert parser.get_error(0).node() == 3
+
+
+def test_what_is_no_onnx_is_refused(here: Machine) -> None:
+    builder = here.trt.Builder(here.log.logger)
+    parser = here.trt.OnnxParser(builder.create_network(), here.log.logger)
+    assert not parser.parse(b"nonsense")
+    assert parser.num_errors == 1
+
+
+@on("8.5")
+def test_networks_of_8_need_the_flag_for_batches(here: Machine) -> None:
+    parser = here.trt.OnnxParser(here.trt.Builder(here.log.logger).create_network(), here.log.logger)
+    assert not parser.parse(model().SerializeToString())
+    assert "explicit batch" in parser.get_error(0).desc()
+
+
+def test_strongly_typed_networks_take_no_flags_of_precision(here: Machine) -> None:
+    assert here.build(change=lambda config: config.set_flag(here.trt.BuilderFlag.FP16)) is None
+    assert any("strongly typed" in line for line in here.log.lines)
+
+
+@on("8.5")
+def test_a_layer_of_integers_cannot_be_pinned_to_floats(here: Machine) -> None:
+    builder, network, _, _ = here.network(model())
+    config = builder.create_builder_config()
+    layers = {network.get_layer(index).name: network.get_layer(index) for index in range(network.num_layers)}
+    layers["best"].precision = here.trt.DataType.FLOAT
+    profile = builder.create_optimization_profile()
+    profile.set_shape("x", *[(1, 2, WIDTH)] * 3)
+    profile.set_shape("mask", *[(1, 2, 1)] * 3)
+    config.add_optimization_profile(profile)
+    assert builder.build_serialized_network(network, config) is None
+    layers["best"].reset_precision()
+    assert builder.build_serialized_network(network, config) is not None
+
+
+def test_dynamic_inputs_need_a_profile(here: Machine) -> None:
+    builder, network, _, _ = here.network(model())
+    assert builder.build_serialized_network(network, builder.create_builder_config()) is None
+    assert any("no optimization profile" in line for line in here.log.lines)
+
+
+def test_the_shapes_of_a_profile_are_in_order(here: Machine) -> None:
+    profile = here.trt.Builder(here.log.logger).create_optimization_profile()
+    with pytest.raises(RuntimeError, match="inconsistent"):
+        profile.set_shape("x", (1, 4, WIDTH), (1, 2, WIDTH), (1, 8, WIDTH))
+
+
+@on(memory="300,1000000")
+def test_a_build_needs_memory(here: Machine) -> None:
+    assert here.build() is None
+
+
+def test_a_monitor_is_called_on_another_thread_and_may_end_the_build(here: Machine) -> None:
+    calls: list[tuple[object, ...]] = []
+
+    class Monitor(here.trt.IProgressMonitor):  # type: ignore[misc, name-defined]
+        def __init__(self, steps: int) -> None:
+            here.trt.IProgressMonitor.__init__(self)
+            self.steps = steps
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            calls.append((phase_name, parent_phase, num_steps, threading.current_thread() is threading.main_thread()))
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            self.steps -= 1
+            return self.steps >= 0
+
+        def phase_finish(self, phase_name: str) -> None:
+            calls.append((phase_name,))
+
+    def use(monitor: Any) -> Callable[[Any], object]:
+        return lambda config: setattr(config, "progress_monitor", monitor)
+
+    assert here.build(change=use(Monitor(steps=100))) is not None
+    assert calls[0] == ("Building Engine", None, 2, False)
+    assert calls[-1] == ("Building Engine",)
+    assert here.build(change=use(Monitor(steps=2))) is None
+
+
+def test_a_subclass_that_forgets_the_base_is_refused(here: Machine) -> None:
+    class Forgetful(here.trt.ILogger):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            pass
+
+    with pytest.raises(TypeError, match="must be called"):
+        Forgetful()
+
+
+def test_a_timing_cache_fits_its_release_and_gpu() -> None:
+    with machine("10.3") as here:
+        config = here.trt.Builder(here.log.logger).create_builder_config()
+        cache = config.create_timing_cache(b"")
+        assert config.set_timing_cache(cache, False)
+        kept = bytes(memoryview(cache.serialize()))
+        assert config.create_timing_cache(kept[:-1]) is None
+    for release, sm, fits in (("10.3", "8.7", True), ("10.13", "8.7", False), ("10.3", "7.2", False)):
+        with machine(release, sm=sm) as here:
+            config = here.trt.Builder(here.log.logger).create_builder_config()
+            assert config.set_timing_cache(config.create_timing_cache(kept), False) == fits
+
+
+def test_a_plan_shows_its_bytes_and_nothing_else(here: Machine) -> None:
+    plan = here.build()
+    assert len(memoryview(plan)) == plan.nbytes > 100
+    with pytest.raises(TypeError):
+        len(plan)
+    with pytest.raises(AttributeError):
+        plan.hex()
+
+
+# Loading
+
+
+def test_plans_that_do_not_fit_are_none_with_a_line() -> None:
+    with machine("10.3") as here:
+        plan = bytes(memoryview(here.build()))
+        flipped = bytearray(plan)
+        flipped[len(plan) // 2] ^= 1
+        for wrong in (flipped, plan[:-1], b"", b"nonsense"):
+            assert here.load(wrong) is None
+            assert here.log.lines.pop().startswith("ERROR: IRuntime::deserializeCudaEngine")
+        assert here.load(plan) is not None
+    for release, sm in (("10.13", "8.7"), ("10.3", "7.2")):
+        with machine(release, sm=sm) as here:
+            assert here.load(plan) is None
+            assert len(here.log.lines) == 1
+
+
+def test_without_a_gpu_there_is_no_runtime() -> None:
+    with fake_tensorrt(gpu="none"):
+        trt: Any = importlib.import_module("tensorrt")
+        driver: Any = importlib.import_module("pycuda.driver")
+        log = Log(trt)
+        for kind in (trt.Runtime, trt.Builder):
+            with pytest.raises(TypeError, match="factory function returned nullptr"):
+                kind(log.logger)
+        with pytest.raises(driver.RuntimeError, match="no CUDA-capable device"):
+            driver.init()
+        with pytest.raises(driver.LogicError, match="initialization error"):
+            driver.Device(0)
+
+
+def test_without_a_driver_or_a_library_the_import_fails() -> None:
+    with fake_tensorrt(gpu="nodriver"), pytest.raises(ImportError, match="libcuda"):
+        importlib.import_module("pycuda.driver")
+    with fake_tensorrt("broken"), pytest.raises(OSError, match="libnvdla_compiler"):
+        importlib.import_module("tensorrt")
+
+
+# Running
+
+
+def test_shapes_outside_a_profile_are_refused(here: Machine) -> None:
+    context = here.load(here.build()).create_execution_context()
+    assert context.set_input_shape("x", (1, 8, WIDTH))
+    assert not context.set_input_shape("x", (1, 9, WIDTH))
+    assert not context.set_input_shape("x", (2, 8, WIDTH))
+    assert not context.set_input_shape("x", (8, WIDTH))
+    assert not context.set_input_shape("y", (1, 8, WIDTH))
+    context.set_optimization_profile_async(1, here.stream.handle)
+    assert context.infer_shapes() == ["x", "mask"], "another profile, and all shapes are to be set again"
+    assert context.set_input_shape("x", (1, 16, WIDTH))
+    with pytest.raises(RuntimeError, match="optimization profile"):
+        context.set_optimization_profile_async(2, here.stream.handle)
+
+
+def test_inputs_that_disagree_are_refused(here: Machine) -> None:
+    ready = here.ready()
+    ready.context.set_input_shape("mask", (1, 4, 1))
+    with pytest.raises(RuntimeError, match="infer_shapes error code"):
+        ready.context.infer_shapes()
+    assert not ready.context.execute_async_v3(here.stream.handle)
+
+
+def test_addresses_are_aligned_and_all_of_them_set(here: Machine) -> None:
+    context = here.load(here.build()).create_execution_context()
+    for name, size in (("x", WIDTH), ("mask", 1)):
+        context.set_input_shape(name, (1, 2, size))
+    memory = here.driver.mem_alloc(1024)
+    assert not context.execute_async_v3(here.stream.handle)
+    assert "address of x is not set" in here.log.lines[-1]
+    assert not context.set_tensor_address("x", int(memory) + 4)
+    assert here.gpu.violations.pop().endswith("not aligned to 256 bytes")
+    assert context.set_tensor_address("x", int(memory) + 256)
+    assert not context.set_tensor_address("z", int(memory))
+
+
+@on_each_release
+def test_contexts_without_memory_must_be_given_enough(here: Machine) -> None:
+    ready = here.ready()
+    engine, trt = ready.context.engine, here.trt
+    if hasattr(engine, "create_execution_context_without_device_memory"):
+        context = engine.create_execution_context_without_device_memory()
+    else:
+        context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+    profile = 1 if here.trt.__version__.startswith("8.") else 0
+    context.set_optimization_profile_async(profile, here.stream.handle)
+    for name, width in (("x", WIDTH), ("mask", 1)):
+        context.set_input_shape(name, (1, 4, width))
+    memory = {name: here.driver.mem_alloc(256) for name in ("x", "mask", "y", "ids")}
+    for name, one in memory.items():
+        context.set_tensor_address(name, int(one))
+    assert not context.execute_async_v3(here.stream.handle)
+    assert "bytes of device memory" in here.log.lines[-1]
+    modern = hasattr(engine, "device_memory_size_v2")
+    activations = here.driver.mem_alloc(engine.device_memory_size_v2 if modern else engine.device_memory_size)
+    if modern:
+        context.set_device_memory(int(activations), 8)
+        assert not context.execute_async_v3(here.stream.handle)
+        context.set_device_memory(int(activations), engine.device_memory_size_v2)
+    else:
+        context.device_memory = int(activations)
+    assert context.execute_async_v3(here.stream.handle)
+    here.stream.synchronize()
+
+
+@pytest.mark.parametrize(
+    ("here", "shared"),
+    [({"release": "8.5"}, False), ({"release": "10.3"}, True)],
+    indirect=["here"],
+    ids=["8.5", "10.3"],
+)
+def test_before_10_a_profile_is_one_contexts(here: Machine, shared: bool) -> None:
+    engine = here.load(here.build())
+    first, second = engine.create_execution_context(), engine.create_execution_context()
+    assert (first.active_optimization_profile, second.active_optimization_profile) == (0, 0 if shared else -1)
+    assert second.set_input_shape("x", (1, 4, WIDTH)) == shared
+    if not shared:
+        with pytest.raises(RuntimeError):
+            second.set_optimization_profile_async(0, here.stream.handle)
+    assert second.set_optimization_profile_async(1, here.stream.handle)
+
+
+@on(clean=False)
+def test_memory_ends_where_it_ends(here: Machine) -> None:
+    ready = here.ready()
+    small = here.driver.mem_alloc(16)
+    ready.context.set_tensor_address("y", int(small))
+    assert ready.run()
+    with pytest.raises(here.driver.LogicError, match="illegal memory access"):
+        here.stream.synchronize()
+    assert here.gpu.violations[0].startswith("tensor y: 48 bytes at offset 0 of <device 16 bytes")
+    with pytest.raises(here.driver.LogicError, match="illegal memory access"):
+        here.driver.mem_alloc(16)
+
+
+def test_fresh_memory_is_no_zeros(here: Machine) -> None:
+    ready = here.ready()
+    assert ready.context.execute_async_v3(here.stream.handle), "nobody has copied the inputs"
+    here.driver.memcpy_dtoh_async(ready.result, int(ready.memory["y"]), here.stream)
+    here.stream.synchronize()
+    assert np.isnan(ready.result).all()
+
+
+# pycuda
+
+
+def test_page_locked_memory_is_read_when_the_copy_happens(here: Machine) -> None:
+    device = here.driver.mem_alloc(16)
+    locked, pageable = here.driver.pagelocked_zeros(4, np.float32), np.zeros(4, np.float32)
+    back = np.empty(4, np.float32)
+    for source, expected in ((locked, 7), (pageable, 0)):
+        here.driver.memcpy_htod_async(int(device), source, here.stream)
+        source[:] = 7
+        here.stream.synchronize()
+        here.driver.memcpy_dtoh(back, int(device))
+        assert (back == expected).all()
+    assert here.gpu.counts["copies of pageable memory"] == 1
+
+
+def test_streams_that_do_not_block_are_not_waited_for(here: Machine) -> None:
+    device = here.driver.mem_alloc(16)
+    source, back = here.driver.pagelocked_zeros(4, np.float32), np.empty(4, np.float32)
+    for flags, waits in ((0, True), (1, False)):
+        stream = here.driver.Stream(flags)
+        here.driver.memset_d8(int(device), 0xFF, 16)
+        here.driver.memcpy_htod_async(int(device), source, stream)
+        here.driver.memcpy_dtoh(back, int(device))
+        assert (back == 0).all() == waits
+        stream.synchronize()
+
+
+def test_events_mark_a_place_in_a_stream(here: Machine) -> None:
+    driver = here.driver
+    device, source = driver.mem_alloc(16), driver.pagelocked_zeros(4, np.float32)
+    event = driver.Event(driver.event_flags.BLOCKING_SYNC | driver.event_flags.DISABLE_TIMING)
+    driver.memcpy_htod_async(int(device), source, here.stream)
+    event.record(here.stream)
+    driver.memset_d8_async(int(device), 1, 16, here.stream)
+    assert not event.query(), "a copy is before it"
+    event.synchronize()
+    assert event.query()
+    with pytest.raises(driver.LogicError):
+        event.time_since(event)
+    here.stream.synchronize()
+
+
+def test_mapped_memory_has_an_address_of_its_own(here: Machine) -> None:
+    driver = here.driver
+    mapped = driver.pagelocked_zeros(64, np.uint8, mem_flags=driver.host_alloc_flags.DEVICEMAP)
+    driver.memset_d8_async(mapped.base.get_device_pointer(), 5, 64, here.stream)
+    assert not mapped.any()
+    here.stream.synchronize()
+    assert (mapped == 5).all()
+    plain = driver.pagelocked_zeros(64, np.uint8)
+    with pytest.raises(driver.LogicError):
+        plain.base.get_device_pointer()
+
+
+def test_nothing_goes_without_a_current_context(here: Machine) -> None:
+    driver = here.driver
+    driver.Context.pop()
+    for call in (lambda: driver.mem_alloc(16), driver.mem_get_info, driver.Stream, driver.Context.synchronize):
+        with pytest.raises(driver.LogicError, match="invalid device context"):
+            call()
+    with pytest.raises(driver.LogicError, match="cannot pop"):
+        driver.Context.pop()
+    here.context.push()
+    assert driver.mem_get_info()[1] == here.gpu.total
+
+
+def test_contexts_are_each_threads_own_and_seen_where_they_stay(here: Machine) -> None:
+    errors: list[Exception] = []
+
+    def work() -> None:
+        try:
+            here.driver.mem_alloc(16)
+        except here.driver.LogicError as error:
+            errors.append(error)
+        here.context.push()
+
+    thread = threading.Thread(target=work, name="forgets to pop")
+    thread.start()
+    thread.join()
+    assert len(errors) == 1
+    assert "1 contexts on the stack of thread forgets to pop" in here.gpu.leaks()
+    here.gpu.stacks.clear()
+
+
+@on(clean=False)
+def test_what_is_given_back_on_another_thread_needs_the_context_there(here: Machine) -> None:
+    memory = here.driver.mem_alloc(16)
+    warned: list[str] = []
+
+    def free() -> None:
+        try:
+            memory.free()
+        except UserWarning as warning:
+            warned.append(str(warning))
+
+    thread = threading.Thread(target=free)
+    thread.start()
+    thread.join()
+    assert len(warned) == 1
+    assert any(line.startswith("<device 16 bytes") for line in here.gpu.leaks())
+
+
+def test_numbers_of_numpy_are_no_addresses(here: Machine) -> None:
+    with pytest.raises(TypeError, match="did not match C"):
+        here.driver.memcpy_htod_async(np.int64(1), np.zeros(4), here.stream)
+
+
+# Faults
+
+
+@on(oom_at=2)
+def test_memory_runs_out_where_it_is_told_to(here: Machine) -> None:
+    first = here.driver.mem_alloc(16)
+    with pytest.raises(here.driver.MemoryError, match="out of memory") as caught:
+        here.driver.mem_alloc(16)
+    assert isinstance(caught.value, MemoryError)
+    assert isinstance(caught.value, here.driver.Error)
+    assert here.driver.mem_alloc(16)
+    first.free()
+    with pytest.raises(here.driver.LogicError, match="invalid resource handle"):
+        first.free()
+
+
+@on(memory="1000,2000")
+def test_memory_runs_out_above_its_limit(here: Machine) -> None:
+    kept = here.driver.mem_alloc(600)
+    assert here.driver.mem_get_info() == (400, 2000)
+    with pytest.raises(here.driver.MemoryError):
+        here.driver.mem_alloc(401)
+    kept.free()
+    assert here.driver.mem_alloc(1000)
+
+
+@on(memory="1500,2000")
+def test_engines_and_contexts_that_find_no_memory_are_none(here: Machine) -> None:
+    plan = here.build()
+    assert here.load(plan).create_execution_context() is None
+    assert "out of memory" in here.log.lines[-1]
+    taken = here.driver.mem_alloc(1400)
+    assert here.load(plan) is None
+    taken.free()
+
+
+@on(clean=False, fail_at=2)
+def test_a_failed_kernel_fails_all_that_follows(here: Machine) -> None:
+    ready = here.ready()
+    ready.run()
+    here.stream.synchronize()
+    assert ready.run(), "that it fails is known later"
+    with pytest.raises(here.driver.LaunchError, match="launch failure"):
+        here.stream.synchronize()
+    assert not ready.context.execute_async_v3(here.stream.handle)
+    for call in (here.driver.Stream, lambda: here.driver.mem_alloc(1), here.driver.Context.synchronize):
+        with pytest.raises(here.driver.LaunchError):
+            call()
+
+
+@on(nan_at=2)
+def test_answers_are_nan_where_they_are_told_to(here: Machine) -> None:
+    ready = here.ready()
+    for expected in (False, True):
+        ready.run()
+        here.stream.synchronize()
+        assert np.isnan(ready.result).all() == expected
+
+
+def test_what_is_not_given_back_is_found() -> None:
+    kept = []
+    with pytest.raises(AssertionError, match="device 16 bytes"), machine() as here:
+        kept.append(here.driver.mem_alloc(16))
+
+
+# CUDA graphs
+
+
+class Cudart:
+    """Libcudart as a program loads it."""
+
+    def __init__(self, stream: Any) -> None:
+        self.library: Any = ctypes.CDLL("libcudart.so.12")
+        self.stream = ctypes.c_void_p(stream.handle)
+        self.graph, self.executable = ctypes.c_void_p(), ctypes.c_void_p()
+
+    def begin(self, mode: int = 1) -> int:
+        return int(self.library.cudaStreamBeginCapture(self.stream, mode))
+
+    def end(self) -> int:
+        return int(self.library.cudaStreamEndCapture(self.stream, ctypes.byref(self.graph)))
+
+    def instantiate(self) -> int:
+        return int(self.library.cudaGraphInstantiateWithFlags(ctypes.byref(self.executable), self.graph, 0))
+
+    def launch(self) -> int:
+        return int(self.library.cudaGraphLaunch(self.executable, self.stream))
+
+    def close(self) -> None:
+        assert self.library.cudaGraphExecDestroy(self.executable) == 0
+        assert self.library.cudaGraphDestroy(self.graph) == 0
+
+
+def test_what_was_recorded_is_done_again_at_each_launch(here: Machine) -> None:
+    ready, runtime = here.ready(), Cudart(here.stream)
+    ready.run()
+    here.stream.synchronize()
+    assert runtime.begin() == 0
+    assert ready.run()
+    assert (runtime.end(), runtime.instantiate()) == (0, 0)
+    assert here.gpu.counts["executions"] == 1, "recorded is not done"
+    for factor in (3, 5):
+        ready.pinned["x"][:] = ready.host["x"] * factor
+        assert runtime.launch() == 0
+        here.stream.synchronize()
+        assert np.array_equal(ready.result, ready.host["x"] * factor * 2 + 1)
+    runtime.close()
+
+
+def test_shapes_that_have_not_run_cannot_be_recorded(here: Machine) -> None:
+    ready, runtime = here.ready(), Cudart(here.stream)
+    runtime.begin()
+    assert not ready.context.execute_async_v3(here.stream.handle)
+    assert runtime.end() == 901
+    assert runtime.library.cudaGetErrorString(901) == b"operation failed due to a previous error during capture"
+
+
+def test_waiting_and_allocating_break_a_recording(here: Machine) -> None:
+    for mode, call, broken in (
+        (1, here.stream.synchronize, True),
+        (0, lambda: here.driver.mem_alloc(16), True),
+        (2, lambda: here.driver.mem_alloc(16), False),
+    ):
+        runtime = Cudart(here.stream)
+        runtime.begin(mode)
+        if broken:
+            with pytest.raises(here.driver.LogicError, match="capturing"):
+                call()
+        else:
+            call()
+        assert runtime.end() == (901 if broken else 0)
+        runtime.library.cudaGraphDestroy(runtime.graph)
+
+
+def test_libcudart_may_be_missing() -> None:
+    with fake_tensorrt(cudart="missing"):
+        importlib.import_module("pycuda.driver")
+        with pytest.raises(OSError, match=r"libcudart.so.12: cannot open"):
+            ctypes.CDLL("libcudart.so.12")
