@@ -148,7 +148,7 @@ def _record_once(library: Any, output: int, wanted: str, channel: int | None, ra
     except AudioError as error:
         return str(error)
     except library.PortAudioError as error:
-        return f"microphone {wanted}: {error}"
+        return f"microphone {wanted}: it cannot be opened ({error}); see whether another program holds it"
     return f"microphone {wanted}: the device went away"
 
 
