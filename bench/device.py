@@ -119,7 +119,12 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", type=Path, default=ROOT / "engines" / "paraformer-tiny", metavar="DIR", help="the bundled model")
     add("--engine", type=Path, metavar="DIR", help="take the engine there if it fits, else build it there")
-    add("--target", choices=TARGETS, default=AUTO, help="what is built; onnx-cuda is onnx-fp32 on a GPU (auto)")
+    add(
+        "--target",
+        choices=TARGETS,
+        default=AUTO,
+        help="what is measured; onnx-cuda: onnx-fp32 on a GPU, onnx-cuda-fp16: rounded (auto)",
+    )
     add("--json", type=Path, metavar="FILE", help="write the result, to be sent in")
     add("--quick", action="store_true", help="fewer runs, one short pause: to try the command out")
     add("--seconds", type=list_of(float), metavar="S,...", help="lengths of audio (1,2,5,10,30)")

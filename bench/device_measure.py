@@ -30,6 +30,7 @@ from bench.device_results import (
     percentile,
 )
 from bench.floor import KNOWN, dimensions_of, floor_ms
+from bench.half import ONNX_CUDA_HALF, write_half
 from bench.terminal import Tick
 from edge_asr.config import EngineConfig
 from edge_asr.doctor.tree import Tree
@@ -48,8 +49,8 @@ BABBLE_S = 5.0
 """Of what is repeated where nobody names a recording."""
 LEAST_RUNS = 3
 RECORDINGS = 8
-ON_GPU = (TENSORRT, ONNX_CUDA)
-BUILT_AS = {ONNX_CUDA: FP32}
+ON_GPU = (TENSORRT, ONNX_CUDA, ONNX_CUDA_HALF)
+BUILT_AS = {ONNX_CUDA: FP32, ONNX_CUDA_HALF: FP32}
 """What build-engine calls the engine of a target, where that is another."""
 PACKAGES = ("onnxruntime", "onnxruntime-gpu", "numpy", "tensorrt", "pycuda")
 FRAME_S = 0.06
@@ -75,7 +76,7 @@ class Task:
 
     bundle: Bundle
     target: str
-    """Of build-engine, or `onnx-cuda`."""
+    """Of build-engine, `onnx-cuda`, or `onnx-cuda-fp16`."""
     engine: Path | None
     """Folder of an engine that is taken if it fits, and else built there; None: built, and gone afterwards."""
     threads: int
@@ -105,6 +106,7 @@ class Variant:
 VARIANTS: Mapping[str, Sequence[Variant]] = {
     TENSORRT: [Variant(graphs, mapped) for mapped in (False, True) for graphs in (False, True)],
     ONNX_CUDA: [Variant(False), Variant(True)],
+    ONNX_CUDA_HALF: [Variant(False), Variant(True)],
 }
 """The first is measured in full, the others at the latencies of one utterance."""
 
@@ -146,6 +148,7 @@ class _Bench:
         self._card = task.gpu if self._target in ON_GPU and sensors.read_card(task.gpu) else None
         reference = self._folder if self._manifest.engine == FP32 else self._built(FP32, self._work / "fp32")[0]
         self._dimensions = dimensions_of(*_networks(reference))
+        self._paths = self._halves() if self._target == ONNX_CUDA_HALF else _networks(self._folder)
         expected = None if self._target == FP32 else self._expected(reference)
         first, *others = _variants(self._target)
         with sensors.Sampler(self._tree, self._card) as busy:
@@ -183,6 +186,14 @@ class _Bench:
         in_child(build_in_child, self._task.bundle, target, folder, self._task.threads)
         return folder, round(time.perf_counter() - started, 1)
 
+    def _halves(self) -> tuple[Path, Path]:
+        """Return the networks in FP16, made of the engine's."""
+        self._tick("writing the networks in FP16")
+        task = self._task
+        made = in_child(write_half, task.bundle, *_networks(self._folder), self._work / "half", task.threads)
+        encoder, decoder = made
+        return encoder, decoder
+
     def _expected(self, reference: Path) -> list[Decoded]:
         """Return what fp32 on the processor hears, in a child, whose memory is not to be counted."""
         self._tick("fp32 on the processor says what is to be heard")
@@ -214,12 +225,18 @@ class _Bench:
                     batches=recognizer.batches,
                     build_s=build_s,
                     load_s=round(load_s, 2),
-                    megabytes=round(sum(record.size for record in manifest.files.values()) / 1e6, 1),
+                    megabytes=round(self._bytes() / 1e6, 1),
                     self_test="none" if manifest.self_test is None else "passed",  # or it would not have been loaded
                 ),
                 memory,
                 check,
             )
+
+    def _bytes(self) -> int:
+        """Return the size of all files of the engine: constants lie beside the networks."""
+        if self._target == ONNX_CUDA_HALF:
+            return sum(path.stat().st_size for path in self._paths[0].parent.iterdir())
+        return sum(record.size for record in self._manifest.files.values())
 
     def _other(self, variant: Variant) -> None:
         self._tick(f"loading with {variant}")
@@ -244,10 +261,10 @@ class _Bench:
 
     def _load(self, variant: Variant) -> Paraformer:
         task = self._task
-        if self._target == ONNX_CUDA:
+        if self._target in BUILT_AS:
             cuda = CudaOptions(task.gpu, graphs=bool(variant.cuda_graphs))
-            encoder, decoder = (OnnxNetwork(path, task.threads, cuda) for path in _networks(self._folder))
-            return Paraformer(task.bundle, encoder, decoder, ONNX_CUDA)
+            encoder, decoder = (OnnxNetwork(path, task.threads, cuda) for path in self._paths)
+            return Paraformer(task.bundle, encoder, decoder, self._target)
         switches = {"cuda_graphs": bool(variant.cuda_graphs), "mapped_memory": bool(variant.mapped_memory)}
         settings = {"target": self._manifest.engine, "threads": task.threads, "gpu": task.gpu, "tensorrt": switches}
         config = EngineConfig.model_validate(settings)

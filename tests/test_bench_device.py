@@ -76,7 +76,10 @@ def test_int8_is_held_against_fp32_and_runs_one_by_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_children")
-def test_cuda_is_measured_with_and_without_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("target", "within"), [("onnx-cuda", 1e-4), ("onnx-cuda-fp16", 0.05)])
+def test_cuda_is_measured_with_and_without_graphs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, within: float
+) -> None:
     monkeypatch.setattr(onnx_network, "CUDA_PROVIDER", onnx_network.CPU_PROVIDER)
     monkeypatch.setattr(onnx_network, "CUDA_DEVICE", "cpu")
     jetson = files(tmp_path / "root", {
@@ -84,17 +87,21 @@ def test_cuda_is_measured_with_and_without_graphs(tmp_path: Path, monkeypatch: p
         "proc/meminfo": "MemTotal:        7620000 kB\nMemAvailable:    5000000 kB\n",
     })  # fmt: skip
     monkeypatch.setattr(device_measure, "Tree", lambda _: jetson)
-    result = run(tmp_path / "r.json", "--engine", str(engine_of(FP32)), "--target", "onnx-cuda")
+    monkeypatch.setattr(sensors, "read_card", lambda _: {"memory.used": 100.0, "power.draw": 9.5})
+    result = run(tmp_path / "r.json", "--engine", str(engine_of(FP32)), "--target", target)
     assert [(each.batch, each.cuda_graphs) for each in result.latency] == [
         *[(1, False)] * 2, *[(2, False)] * 2, *[(1, True)] * 2
     ]  # fmt: skip
-    assert result.engine.name == "onnx-cuda"
+    assert (result.engine.name, result.sensors.board_w, result.memory.gpu_mb) == (target, 9.5, 0.0)
+    assert result.engine.megabytes == pytest.approx(
+        4e-6 * result.model.weights / (2 if "fp16" in target else 1), rel=0.1
+    )
     assert result.machine.known_as == "Jetson Orin Nano 8 GB"
     assert all(each.floor_ms is not None and each.floor_ms > 0 for each in result.latency)
     assert result.check is not None
     assert result.check.same_sounds == result.check.sounds
     assert result.check.largest_difference is not None
-    assert result.check.largest_difference < 1e-3
+    assert result.check.largest_difference < within
 
 
 @pytest.mark.usefixtures("no_children")
