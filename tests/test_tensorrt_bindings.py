@@ -7,6 +7,8 @@ import functools
 import importlib
 import inspect
 import re
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -211,3 +213,32 @@ def test_every_function_of_cudart_that_we_use_is_there() -> None:
         fake = importlib.import_module("fake_gpu.cudart").FakeCudart()
         assert [name for name in sorted(used) if not hasattr(fake, name)] == []
         assert [name for name in vars(fake) if not name.startswith("_") and not hasattr(library, name)] == []
+
+
+@pytest.mark.parametrize(
+    ("pip", "code", "said"),
+    [
+        ("echo 'warning' >&2; echo 'ERROR: no network' >&2; exit 1", 1, "bindings: not here: 11.4 (ERROR: no network)"),
+        ("exit 0", 0, ""),
+    ],
+)
+def test_the_script_names_what_it_cannot_get_and_does_nothing_twice(
+    tmp_path: Path, pip: str, code: int, said: str
+) -> None:
+    if shutil.which("cc") is None:
+        pytest.skip("no C compiler (Debian: apt install gcc libc6-dev)")
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(REPOSITORY / "scripts" / "bindings", tmp_path / "scripts" / "bindings")
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/bash\nif [[ "$*" == *pip* ]]; then\n    echo "$*" >>"{tmp_path}/calls"\n    {pip}\nfi\n')
+    python.chmod(0o755)
+    for _ in range(2):
+        result = subprocess.run([tmp_path / "scripts" / "bindings"], capture_output=True, text=True, timeout=60)
+        assert result.returncode == code
+        assert result.stderr.startswith(said)
+        assert len(result.stderr.splitlines()) == code, "one line, or none"
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert all("--require-hashes" in call for call in calls)
+    assert len(calls) == (6 if code else 3), "what is not there is tried again"
+    assert (tmp_path / ".bindings" / "11.4" / "stubs" / "libnvinfer.so.11").is_file() == (code == 0)
