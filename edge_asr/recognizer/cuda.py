@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_asr.errors import BrokenEngineError, EngineError
-from edge_asr.recognizer.cuda_graph import Graph, load_runtime
+from edge_asr.recognizer.cuda_graph import RESTART, Graph, load_runtime
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +22,6 @@ Bytes = npt.NDArray[np.uint8]
 
 NON_BLOCKING = 1
 """CU_STREAM_NON_BLOCKING: whoever uses the default stream of the process neither waits for us nor we for them."""
-RESTART = "restart edge-asr; if it happens again, dmesg says more"
 BAD_INSTALLATION = (ImportError, OSError, AttributeError, ValueError, RuntimeError)
 """What importing a package raises that is missing, half there, without its libraries, or made for another numpy."""
 FREE_MEMORY = "end what else uses the GPU's memory, or take a smaller model"
@@ -125,9 +124,7 @@ class Gpu:
         except self._driver.MemoryError as error:
             raise EngineError(f"{what}: {first_line(error)}; {FREE_MEMORY}") from error
         except self._driver.Error as error:
-            raise kind(
-                f"{what}: {first_line(error)}; restart edge-asr, and if it happens again look at dmesg"
-            ) from error
+            raise kind(f"{what}: {first_line(error)}; {RESTART}") from error
 
 
 class DeviceMemory:

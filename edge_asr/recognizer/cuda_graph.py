@@ -9,6 +9,7 @@ from edge_asr.errors import BrokenEngineError, EngineError
 
 THREAD_LOCAL = 1
 """cudaStreamCaptureModeThreadLocal: another thread may allocate memory while this one records."""
+RESTART = "restart edge-asr; if it happens again, dmesg says more"
 
 
 class Graph:
@@ -43,7 +44,7 @@ class Graph:
         if status:
             self._runtime.cudaGetLastError()  # or else the next call of the runtime would report it once more
             why = self._runtime.cudaGetErrorString(status).decode(errors="replace")
-            raise kind(f"CUDA graph: {why}; with engine.tensorrt.cuda_graphs: false there are none")
+            raise kind(f"CUDA graph: {why}; {RESTART}")
 
 
 def load_runtime(major: int) -> ctypes.CDLL:

@@ -86,20 +86,18 @@ class LoadedPlan:
 
         self._trt = tensorrt
         self.path, self._gpu = path, gpu
-        self._log = tensorrt_log()
-        self._contexts: dict[int, Any] = {}
+        self.log = tensorrt_log()
+        self._runners: dict[int, _Runner] = {}
+        self._runtime: Any = None
+        self._engine: Any = None
         self._activations: DeviceMemory | None = None
         with gpu.current():
-            self._runtime = self._new_runtime()
-            self._engine = self._load()
             try:
-                tensors = [self._tensor(self._engine.get_tensor_name(i)) for i in range(self._engine.num_io_tensors)]
-                self.inputs = {one.name: one for one in tensors if self._is_input(one.name)}
-                self.outputs = {one.name: one for one in tensors if one.name not in self.inputs}
-                self.profiles = [self._profile(i) for i in range(self._engine.num_optimization_profiles)]
-            except (KeyError, ValueError) as error:
+                self._load()
+                self._describe()
+            except BaseException:  # whatever it was: what has been loaded is given back here, within the context
                 self.close()
-                raise EngineError(f"{path}: no plan of edge-asr ({error}); {REMEDY}") from error
+                raise
 
     @property
     def activation_bytes(self) -> int:
@@ -122,53 +120,55 @@ class LoadedPlan:
 
     def bind(self, profile: Profile, sizes: Sizes, addresses: Mapping[str, int]) -> Mapping[str, Shape]:
         """Prepare a context for inputs of these sizes at these addresses; return the shapes of the outputs."""
-        context = self._context(profile)
-        for name, tensor in self.inputs.items():
-            shape = tensor.shape_for(sizes)
-            self._check(context.set_input_shape(name, shape), f"refuses {name} {shape}")
-        for name, address in addresses.items():
-            self._check(context.set_tensor_address(name, address), f"refuses the address of {name}")
-        try:
-            missing = context.infer_shapes()
-        except RuntimeError:  # what its bindings raise where shapes disagree
-            missing = list(self.inputs)
-        self._check(not missing, "cannot tell the shapes of its outputs")
-        shapes = {name: tuple(context.get_tensor_shape(name)) for name in self.outputs}
-        for name, shape in shapes.items():
-            self._check(shape == self.outputs[name].shape_for(sizes), f"would answer {name} {shape}")
-        return shapes
+        if profile.index not in self._runners:
+            self._runners[profile.index] = self._new_runner(profile.index)
+        return self._runners[profile.index].bind(sizes, addresses)
 
     def launch(self, profile: Profile) -> bool:
         """Begin to compute what was bound; return whether that began."""
-        self._log.errors.clear()
-        return bool(self._contexts[profile.index].execute_async_v3(self._gpu.stream))
+        self.log.errors.clear()
+        return self._runners[profile.index].launch(self._gpu.stream)
+
+    def check(self, fine: bool, what: str) -> None:
+        """Raise EngineError, saying what TensorRT does, unless all is fine."""
+        if not fine:
+            raise self.error(what)
 
     def error(self, what: str) -> EngineError:
         """Return the error to raise, with what TensorRT said and the remedy."""
-        remedy = FREE_MEMORY if self._log.lacked_memory() else REMEDY
-        return EngineError(f"{self.path}: TensorRT {self._trt.__version__} {what}{self._log.quote()}; {remedy}")
+        remedy = FREE_MEMORY if self.log.lacked_memory() else REMEDY
+        return EngineError(f"{self.path}: TensorRT {self._trt.__version__} {what}{self.log.quote()}; {remedy}")
 
     def close(self) -> None:
         """Forget contexts and engine, in this order; within the GPU's context. Twice does no harm."""
-        self._contexts.clear()
+        for runner in self._runners.values():
+            runner.close()
+        self._runners.clear()
         self._engine = None
         self._runtime = None
 
-    def _new_runtime(self) -> Any:
-        self._log.errors.clear()
+    def _load(self) -> None:
+        self.log.errors.clear()
         try:
-            return self._trt.Runtime(self._log)
+            self._runtime = self._trt.Runtime(self.log)
         except TypeError as error:  # of pybind11, where the factory answers nothing
-            raise EngineError(f"TensorRT cannot use GPU {self._gpu.number}{self._log.quote()}") from error
-
-    def _load(self) -> Any:
+            raise EngineError(f"TensorRT cannot use GPU {self._gpu.number}{self.log.quote()}") from error
         try:
             with self.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                engine = self._runtime.deserialize_cuda_engine(content)
+                self._engine = self._runtime.deserialize_cuda_engine(content)
         except (OSError, ValueError) as error:  # ValueError: it is empty
             raise EngineError(f"{self.path}: cannot be read ({error}); {REMEDY}") from error
-        self._check(engine is not None, "cannot load it: damaged, or for another TensorRT or GPU")
-        return engine
+        why = "" if self.log.lacked_memory() else ": damaged, or for another TensorRT or GPU"
+        self.check(self._engine is not None, f"cannot load it{why}")
+
+    def _describe(self) -> None:
+        try:
+            tensors = [self._tensor(self._engine.get_tensor_name(i)) for i in range(self._engine.num_io_tensors)]
+            self.inputs = {one.name: one for one in tensors if self._is_input(one.name)}
+            self.outputs = {one.name: one for one in tensors if one.name not in self.inputs}
+            self.profiles = [self._profile(i) for i in range(self._engine.num_optimization_profiles)]
+        except (KeyError, ValueError) as error:
+            raise EngineError(f"{self.path}: no plan of edge-asr ({error}); {REMEDY}") from error
 
     def _tensor(self, name: str) -> Tensor:
         """Raises KeyError, ValueError where it is none of our networks'."""
@@ -193,35 +193,68 @@ class LoadedPlan:
             raise ValueError(f"profile {index} {high}")
         return Profile(index, low, high)
 
-    def _context(self, profile: Profile) -> Any:
-        if profile.index not in self._contexts:
-            self._contexts[profile.index] = self._new_context(profile.index)
-        return self._contexts[profile.index]
-
-    def _new_context(self, index: int) -> Any:
-        """Return a context that uses the shared memory: both networks run one after the other."""
+    def _new_runner(self, index: int) -> _Runner:
+        """Return a runner that uses the shared memory: both networks run one after the other."""
         assert self._activations is not None, "share() comes first"
-        self._log.errors.clear()
-        if hasattr(self._trt, "ExecutionContextAllocationStrategy"):  # from 10 on
-            strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
-            context = self._engine.create_execution_context(strategy)
-        else:
-            context = self._engine.create_execution_context_without_device_memory()
-        self._check(context is not None, "cannot make an execution context")
-        if hasattr(context, "set_device_memory"):
-            context.set_device_memory(self._activations.address, self._activations.size)
-        else:
-            context.device_memory = self._activations.address
+        self.log.errors.clear()
+        runner = _Runner(self, self._create_context())
         try:
-            chosen = context.set_optimization_profile_async(index, self._gpu.stream)
+            runner.prepare(index, self._activations, self._gpu.stream)
+        except EngineError:
+            runner.close()
+            raise
+        return runner
+
+    def _create_context(self) -> Any:
+        if hasattr(self._trt, "ExecutionContextAllocationStrategy"):  # from 10 on
+            return self._engine.create_execution_context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        return self._engine.create_execution_context_without_device_memory()
+
+
+class _Runner:
+    """An execution context. Nobody else holds it, no traceback either: at close() it is gone."""
+
+    def __init__(self, plan: LoadedPlan, context: Any) -> None:
+        self._plan, self._context = plan, context
+
+    def prepare(self, profile: int, activations: DeviceMemory, stream: int) -> None:
+        """Give it its memory and its profile, for good."""
+        self._plan.check(self._context is not None, "cannot make an execution context")
+        if hasattr(self._context, "set_device_memory"):
+            self._context.set_device_memory(activations.address, activations.size)
+        else:
+            self._context.device_memory = activations.address
+        try:
+            chosen = self._context.set_optimization_profile_async(profile, stream)
         except RuntimeError:  # what its bindings raise instead of answering False
             chosen = False
-        self._check(chosen, f"cannot choose profile {index}")
-        return context
+        self._plan.check(chosen, f"cannot choose profile {profile}")
 
-    def _check(self, fine: bool, what: str) -> None:
-        if not fine:
-            raise self.error(what)
+    def bind(self, sizes: Sizes, addresses: Mapping[str, int]) -> Mapping[str, Shape]:
+        """Tell it shapes and addresses; return the shapes of the outputs."""
+        plan = self._plan
+        plan.log.errors.clear()
+        for name, tensor in plan.inputs.items():
+            shape = tensor.shape_for(sizes)
+            plan.check(self._context.set_input_shape(name, shape), f"refuses {name} {shape}")
+        for name, address in addresses.items():
+            plan.check(self._context.set_tensor_address(name, address), f"refuses the address of {name}")
+        try:
+            missing = self._context.infer_shapes()
+        except RuntimeError:  # what its bindings raise where shapes disagree
+            missing = list(plan.inputs)
+        plan.check(not missing, "cannot tell the shapes of its outputs")
+        shapes = {name: tuple(self._context.get_tensor_shape(name)) for name in plan.outputs}
+        for name, shape in shapes.items():
+            plan.check(shape == plan.outputs[name].shape_for(sizes), f"would answer {name} {shape}")
+        return shapes
+
+    def launch(self, stream: int) -> bool:
+        """Begin to compute; return whether that began."""
+        return bool(self._context.execute_async_v3(stream))
+
+    def close(self) -> None:
+        self._context = None
 
 
 def describe(sizes: Sizes) -> str:
