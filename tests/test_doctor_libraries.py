@@ -65,6 +65,11 @@ def test_a_tensorrt_that_cannot_be_loaded_says_what_is_missing(tmp_path: Path, e
     assert remedy in str(finding.remedy)
 
 
+def test_a_tensorrt_that_lacks_another_module_is_not_taken_for_missing(tmp_path: Path) -> None:
+    answers = {"tensorrt": Answer(error="ModuleNotFoundError: No module named 'numpy'", missing="numpy")}
+    assert "'numpy'" in libraries.tensorrt(patient(tmp_path, ORIN, answers)).found
+
+
 def test_jetpacks_tensorrt_that_an_environment_hides_is_pointed_out(tmp_path: Path) -> None:
     place = f"usr/lib/python3.{sys.version_info.minor}/dist-packages/tensorrt/__init__.py"
     finding = libraries.tensorrt(patient(tmp_path, {**ORIN, place: ""}))
@@ -128,6 +133,8 @@ def test_cuda_of_onnxruntime_is_asked_for_only_where_it_is_configured(tmp_path: 
     answers = {"onnxruntime": Answer({"version": "1.32.0", "providers": both})}
     fell_back = Answer({"providers": both[1:], "complaint": "libcudnn.so.9: cannot open shared object file"})
     assert libraries.onnxruntime_cuda(patient(tmp_path, DESKTOP)).status == "ok"
+    assert libraries.cuda_driver(patient(tmp_path, DESKTOP, target="onnx")).status == "ok"
+    assert libraries.cuda_driver(patient(tmp_path, DESKTOP, target="onnx", **on)).status == "warn"
     assert "built without CUDA" in libraries.onnxruntime_cuda(patient(tmp_path, DESKTOP, **on)).found
     broken = libraries.onnxruntime_cuda(patient(tmp_path, DESKTOP, {**answers, "onnxruntime-cuda": fell_back}, **on))
     assert "libcudnn.so.9" in broken.found

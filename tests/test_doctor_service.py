@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -207,6 +208,12 @@ def test_a_state_folder_is_made_by_nobody_who_only_looks(tmp_path: Path) -> None
     _, found = examined(tmp_path / "machine", SERVER, PLAIN_ANSWERS, state_dir=folder)
     assert found["state_dir"] == ok(f"{folder}, to be made in {tmp_path}")
     assert not (tmp_path / "a").exists()
+
+
+def test_a_state_folder_that_cannot_be_written_to_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda place, mode: not mode & os.W_OK)
+    _, found = examined(tmp_path / "machine", SERVER, PLAIN_ANSWERS, state_dir=tmp_path)
+    assert (found["state_dir"].status, found["state_dir"].found) == ("fail", f"{tmp_path} cannot be written to")
 
 
 def test_a_full_disk_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,9 +85,9 @@ def tensorrt(patient: Patient) -> Finding:
 def _tensorrt_remedy(tree: Tree) -> str:
     if not tree.is_jetson:
         return "install TensorRT for this Python and CUDA, or set engine.target: onnx"
-    theirs = [name.split("/")[2] for name in tree.find("usr/lib/python3*/dist-packages/tensorrt")]
+    theirs = [name.split("/")[2] for name in tree.find("usr/lib/python3.*/dist-packages/tensorrt")]
     own = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    if theirs and own not in theirs and "python3" not in theirs:
+    if theirs and own not in theirs:
         return f"JetPack's is for {theirs[0]}, this is {own}: use that Python, or bindings built for this one"
     python = "python3 -m venv --system-site-packages makes an environment that sees JetPack's"
     return python if theirs else f"sudo apt install python3-libnvinfer; {python}"
