@@ -6,7 +6,6 @@ import contextlib
 import os
 import platform
 import re
-from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 
 from bench import sensors
@@ -14,9 +13,9 @@ from bench.device_results import Machine
 from bench.floor import find
 from edge_asr import __version__
 from edge_asr.doctor.tree import RELEASE_FILE, Tree
-from edge_asr.recognizer.manifest import this_machine
+from edge_asr.recognizer.manifest import Manifest, this_machine
 
-PACKAGES = ("onnxruntime", "onnxruntime-gpu", "numpy", "tensorrt", "pycuda")
+PACKAGES = ("onnxruntime", "onnxruntime-gpu", "numpy", "pycuda")
 
 
 def describe(tree: Tree, gpu: int = 0) -> Machine:
@@ -47,10 +46,12 @@ def _power_mode(tree: Tree) -> str | None:
     return named[1] if named else chosen[1]
 
 
-def software(versions: Mapping[str, str]) -> dict[str, str]:
-    """Return the versions of what the engine runs on, with those that its manifest names."""
-    found = {"python": platform.python_version(), "edge_asr": __version__, **versions}
+def software(manifest: Manifest) -> dict[str, str]:
+    """Return the versions of what an engine was built and runs with."""
+    found = {"python": platform.python_version(), "edge_asr": __version__, **manifest.versions}
     for package in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
+    if manifest.plan is not None:  # JetPack's packages are none of Python's
+        found |= {"tensorrt": manifest.plan.tensorrt, "cuda": manifest.plan.cuda}
     return found

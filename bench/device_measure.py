@@ -164,7 +164,7 @@ class _Bench:
             quick=task.quick,
             load_average=round(self._load_average, 2),
             machine=self._machine,
-            software=software(self._manifest.versions),
+            software=software(self._manifest),
             model=Model(task.bundle.name, self._dimensions.weights),
             engine=engine,
             check=check,
