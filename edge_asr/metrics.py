@@ -5,7 +5,7 @@ Names are `edge_asr_<what>_<unit>`, counters end in `_total`, and label values e
 
 from __future__ import annotations
 
-from prometheus_client import Counter, Histogram
+from prometheus_client import Counter, Gauge, Histogram
 
 SEGMENTS = Counter("edge_asr_segments", "Segments cut out of the sources.")
 TRANSCRIPTS = Counter("edge_asr_transcripts", "Transcripts offered to the sinks.")
@@ -21,5 +21,20 @@ RESPONSE = Histogram(
     buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 1, 2, 5, 10),
 )
 
+ENGINE = Gauge("edge_asr_engine", "1 for the engine that answers, 0 for the others.", ["engine"])
+STEPS_DOWN = Counter("edge_asr_engine_steps_down", "Engines left for a lesser one, by the engine.", ["engine"])
+DECODED_AGAIN = Counter("edge_asr_decoded_again", "Segments that an engine failed on and a lesser one decoded.")
+ENGINES = ("tensorrt-fp16", "onnx-cuda", "onnx-fp32", "onnx-int8")
+
 for _gate in ("empty", "confidence", "speech_ratio", "rate"):
     GATED.labels(_gate)
+for _engine in ENGINES:
+    ENGINE.labels(_engine)
+for _engine in ENGINES[:2]:
+    STEPS_DOWN.labels(_engine)
+
+
+def show_engine(name: str) -> None:
+    """Say which engine answers."""
+    for engine in ENGINES:
+        ENGINE.labels(engine).set(engine == name)

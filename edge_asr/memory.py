@@ -1,0 +1,38 @@
+"""How much memory there is to be had."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+MEMINFO = Path("/proc/meminfo")
+LIBRARIES = 400_000_000
+"""What CUDA and TensorRT take themselves: an estimate."""
+ON_GPU = 1.3
+"""A loaded plan takes so many times its file, with room for what is computed on the way: an estimate."""
+ON_BOTH = 2.0
+"""The same where host and GPU share their memory: while it is loaded, the file is there as well."""
+
+
+def available_bytes() -> int:
+    """Return how much memory programs can still get on this machine; everything, where nobody says."""
+    try:
+        lines = MEMINFO.read_text(encoding="utf-8").splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        return sys.maxsize
+
+
+def lack(plan_bytes: int, host_free: int, gpu_free: int | None) -> str | None:
+    """Return why TensorRT's plans of that size cannot be loaded beside what is loaded already; None where they can.
+
+    `gpu_free`: None where the GPU uses the host's memory, as on a Jetson.
+    """
+    if gpu_free is None:
+        return _too_little("memory", host_free, ON_BOTH * plan_bytes + LIBRARIES)
+    on_gpu = _too_little("the GPU's memory", gpu_free, ON_GPU * plan_bytes)
+    return on_gpu or _too_little("memory", host_free, plan_bytes + LIBRARIES)
+
+
+def _too_little(what: str, free: int, needed: float) -> str | None:
+    return None if free >= needed else f"it needs about {needed / 1e6:.0f} MB of {what}, {free / 1e6:.0f} MB are free"
