@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edge_asr.errors import BrokenEngineError, EngineError
+from edge_asr.errors import EngineError
 from edge_asr.recognizer import cuda
 from edge_asr.recognizer.cuda import DeviceMemory, Gpu
 from edge_asr.recognizer.cuda_graph import Graph
@@ -274,7 +274,7 @@ class TensorRtNetwork:
 
     def _compute(self, work: _Work) -> Mapping[str, Shape]:
         """Begin to compute; return the shapes of the outputs."""
-        records = self._records and work.sizes["B"] == 1
+        records = self._records and work.profile.high["B"] == 1
         if records and work.key in self._graphs:
             self._graphs.move_to_end(work.key)
             self._graphs[work.key].graph.launch()
@@ -293,8 +293,6 @@ class TensorRtNetwork:
         gpu.wait()  # TensorRT does some of its work in the first run of a shape only
         try:
             graph = gpu.record(lambda: self._plan.launch(work.profile))
-        except BrokenEngineError:
-            raise
         except EngineError as error:
             log.warning("no CUDA graphs, launching each kernel instead: %s", error)
             self._records = False
