@@ -3,14 +3,12 @@
 `FAKE_TENSORRT` says which release it is: 8.5, 8.6, 10.3, 10.7, 10.13, 10.16 or 11.4; broken: a library is missing.
 """
 
-from tensorrt import _build, _release, _runtime, _types
+from tensorrt import _build, _network, _release, _runtime, _types
 
 __version__ = _release.VERSION
 _NAMES = {
-    _build: (
-        "Builder IBuilderConfig ILayer INetworkDefinition IOptimizationProfile ITensor ITimingCache OnnxParser"
-        " ParserError"
-    ),
+    _build: "Builder IBuilderConfig IOptimizationProfile ITimingCache",
+    _network: "ILayer INetworkDefinition ITensor OnnxParser ParserError",
     _runtime: "Runtime ICudaEngine IExecutionContext",
     _types: (
         "BuilderFlag DataType Dims IHostMemory ILogger LayerType Logger MemoryPoolType NetworkDefinitionCreationFlag"
