@@ -147,6 +147,22 @@ def test_a_context_that_cannot_be_made_is_an_error_of_one_run(tmp_path: Path, mo
         encoder.run(frames(20))
 
 
+@pytest.mark.parametrize(("method", "left"), [("set_optimization_profile_async", 0), ("set_input_shape", 1)])
+def test_an_error_that_is_kept_keeps_nothing_on_the_gpu(
+    method: str, left: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = write_plans(tmp_path)
+    with fake_tensorrt(RELEASE) as gpu:
+        contexts = importlib.import_module("tensorrt")._runtime.IExecutionContext
+        monkeypatch.setattr(contexts, method, lambda self, *arguments: False)
+        with loaded(paths) as (encoder, _):
+            with pytest.raises(EngineError) as raised:
+                encoder.run(frames(20))
+            assert gpu.live["execution contexts"] == left
+        assert gpu.leaks() == []
+        assert raised.value.__traceback__ is not None
+
+
 @pytest.mark.parametrize(
     ("method", "answer", "said"),
     [
