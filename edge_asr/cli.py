@@ -172,6 +172,28 @@ def demo(
     raise typer.Exit(run_demo(settings, keep))
 
 
+@app.command()
+def devices(
+    device: Annotated[
+        str,
+        typer.Argument(metavar="[DEVICE]", help="What --meter listens to: a name, a part of one, or a stable name."),
+    ] = "default",
+    meter: Annotated[bool, typer.Option("--meter", help="Show how loud the device is, until Ctrl-C.")] = False,
+    channel: Annotated[
+        int | None, typer.Option("--channel", min=0, help="Which channel, from 0; the mean of all if not given.")
+    ] = None,
+    seconds: Annotated[float | None, typer.Option("--seconds", min=0, help="End the meter after so long.")] = None,
+    json_lines: Annotated[bool, typer.Option("--json", help="Print a device, or a level, a line, as JSON.")] = False,
+) -> None:
+    """List the microphones there are, or show the level of one."""
+    from edge_asr import cli_devices
+
+    if meter:
+        cli_devices.show_meter(device, channel, seconds, json_lines)
+    else:
+        cli_devices.show_list(json_lines)
+
+
 @app.command("build-engine")
 def build_engine(
     model: ModelOption = None,

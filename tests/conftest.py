@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Iterator
+import os
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from bundled import BUNDLE
 from mosquitto import Mosquitto, find_program
+from pulse import MICROPHONE, PulseServer, missing_parts
 
 from edge_asr.engine.build import build_engine
 from edge_asr.loader import engine_folder
@@ -53,3 +57,38 @@ def broker(tmp_path: Path, mosquitto_installed: None) -> Iterator[Mosquitto]:
     server.start()
     yield server
     server.kill()
+
+
+@pytest.fixture
+def plug(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Let recording processes find made-up devices; yield what changes these, and their faults (fake_sounddevice)."""
+    monkeypatch.setenv("FAKE_SOUNDDEVICE", str(tmp_path / "devices.json"))
+    (tmp_path / "fake").mkdir()
+    (tmp_path / "fake/sounddevice.py").symlink_to(Path(__file__).parent / "fake_sounddevice.py")
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "fake"), *sys.path])
+
+    def change(*devices: dict[str, object], **faults: object) -> None:
+        (tmp_path / "part.json").write_text(json.dumps({"devices": devices, **faults}))
+        (tmp_path / "part.json").replace(tmp_path / "devices.json")
+
+    return change
+
+
+@pytest.fixture
+def pulse_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[PulseServer]:
+    """Yield a running PulseAudio with a virtual microphone of 16 kHz; recording processes find no other."""
+    if missing := missing_parts():
+        remedy = "Debian: apt install pulseaudio pulseaudio-utils libasound2-plugins libportaudio2"
+        if os.environ.get("CI"):
+            pytest.fail(f"not installed: {', '.join(missing)} ({remedy}); CI is set, so no test may be skipped")
+        pytest.skip(f"not installed: {', '.join(missing)} ({remedy})")
+    server = PulseServer()
+    for name in ("PULSE_SERVER", "PULSE_SOURCE", "PULSE_SINK", "ALSA_CONFIG_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    try:
+        server.start(**{MICROPHONE: (16_000, 1)})
+        yield server
+    finally:
+        server.close()

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +18,6 @@ from edge_asr.audio.microphone import MicrophoneSource
 from edge_asr.errors import AudioError
 from edge_asr.types import CHUNK_S, CHUNK_SAMPLES, SAMPLE_RATE, Chunk
 
-FAKE = Path(__file__).parent / "fake_sounddevice.py"
 LIMIT_S = 60.0
 
 USB = {"name": "USB Mic: Audio (hw:1,0)", "max_input_channels": 1, "default_samplerate": 44_100.0}
@@ -29,21 +26,9 @@ STEREO = {"name": "Line In (hw:0,0)", "max_input_channels": 2, "default_samplera
 Plug = Callable[..., None]
 
 
-@pytest.fixture
-def plug(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plug:
-    """Make the devices that PortAudio finds from now on, and their faults."""
-    monkeypatch.setenv("FAKE_SOUNDDEVICE", str(tmp_path / "devices.json"))
-    (tmp_path / "fake").mkdir()
-    (tmp_path / "fake/sounddevice.py").symlink_to(FAKE)
-    monkeypatch.setattr(sys, "path", [str(tmp_path / "fake"), *sys.path])
-
-    def change(*devices: dict[str, Any], **faults: object) -> None:
-        part = tmp_path / "part.json"
-        part.write_text(json.dumps({"devices": devices, **faults}))
-        part.replace(tmp_path / "devices.json")
-
-    change(USB)
-    return change
+@pytest.fixture(autouse=True)
+def one_device(plug: Plug) -> None:
+    plug(USB)
 
 
 def recorders() -> int:

@@ -203,6 +203,15 @@ def test_a_channel_is_taken_alone_and_without_a_choice_all_are_averaged() -> Non
     assert set(ToMono16k(16_000, 2).push(frames).tolist()) == {0.5}
 
 
+def test_silence_after_sound_becomes_zeros_again() -> None:
+    convert = ToMono16k(44_100, None)
+    convert.push(sine(44_100, 0.1)[:, np.newaxis])
+    for _ in range(10):
+        silent = convert.push(np.zeros((1411, 1), np.int16))
+    assert len(silent)
+    assert not silent.any()
+
+
 # Levels
 
 

@@ -8,6 +8,9 @@ import soxr
 from edge_asr.audio.levels import Frames
 from edge_asr.types import SAMPLE_RATE, Samples
 
+TINY = 1e-9
+"""Of full scale: -180 dB, which no converter resolves."""
+
 
 class ToMono16k:
     """Converts one stream; what a block ends with goes on in the next."""
@@ -28,4 +31,8 @@ class ToMono16k:
         else:
             mono = frames[:, self._channel].astype(np.float32)
         mono *= np.float32(1 / 32768)
-        return mono if self._resampler is None else np.clip(self._resampler.resample_chunk(mono), -1, 1)
+        if self._resampler is None:
+            return mono
+        resampled: Samples = np.clip(self._resampler.resample_chunk(mono), -1, 1)
+        resampled[np.abs(resampled) < TINY] = 0  # its filters ring for ever, in numbers that processors are slow with
+        return resampled

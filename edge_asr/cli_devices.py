@@ -1,0 +1,119 @@
+"""What the `devices` command does: input devices as a table or as JSON, and a level meter."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import math
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+import numpy as np
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from edge_asr.audio.devices import InputDevice
+from edge_asr.audio.microphone import MicrophoneSource
+from edge_asr.audio.portaudio import input_devices
+from edge_asr.types import Samples
+
+FLOOR_DBFS = -120.0
+"""What digital silence is shown as."""
+BAR_FLOOR_DBFS = -60.0
+BAR_WIDTH = 40
+METER_EVERY_S = 0.1
+FIELDS = ("name", "host_api", "channels", "rate", "stable_id", "paths", "is_default")
+
+
+def show_list(json_lines: bool) -> None:
+    """Print the devices there are to record from. Raises AudioError."""
+    devices = input_devices()
+    if json_lines:
+        for device in devices:
+            print(json.dumps({name: getattr(device, name) for name in FIELDS}, ensure_ascii=False))
+    elif devices:
+        Console(soft_wrap=True).print(_table(devices))
+        print("\n*: the default. In the configuration, `device` is a name, a part of one, or a stable name.")
+    else:
+        print("no input device; plug one in")
+
+
+def show_meter(device: str, channel: int | None, seconds: float | None, json_lines: bool) -> None:
+    """Show how loud a device is, until Ctrl-C or for some seconds. Raises AudioError."""
+    source = MicrophoneSource(device, channel)
+    asyncio.run(_print_levels(source, seconds) if json_lines else _draw_levels(source, seconds))
+
+
+def _table(devices: list[InputDevice]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for title in ("", "name", "host API", "channels", "rate", "stable name"):
+        table.add_column(title, no_wrap=True)
+    for device in devices:
+        stable = ", ".join(filter(None, (device.stable_id, *device.paths)))
+        cells = (device.name, device.host_api, str(device.channels), f"{device.rate} Hz", stable)
+        table.add_row("*" if device.is_default else "", *map(Text, cells))
+    return table
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Level:
+    """How loud the last moment was, and how the microphone is."""
+
+    state: str
+    why: str
+    peak_dbfs: float
+    rms_dbfs: float
+
+
+async def _levels(source: MicrophoneSource, seconds: float | None) -> AsyncGenerator[Level, None]:
+    """Yield a level ten times a second, also while there is no sound."""
+    until = math.inf if seconds is None else time.monotonic() + seconds
+    heard: list[Samples] = []
+    listening = asyncio.create_task(_listen(source, heard), name="listen")
+    try:
+        while time.monotonic() < until and not listening.done():
+            await asyncio.wait([listening], timeout=min(METER_EVERY_S, until - time.monotonic()))
+            samples = np.concatenate([np.zeros(1, np.float32), *heard])
+            heard.clear()
+            health = source.health
+            yield Level(health.state, health.why, _dbfs(np.abs(samples).max()), _dbfs(np.sqrt(np.mean(samples**2))))
+    finally:
+        source.close()
+        await listening
+
+
+async def _listen(source: MicrophoneSource, heard: list[Samples]) -> None:
+    async with aclosing(source.chunks()) as chunks:
+        async for chunk in chunks:
+            heard.append(chunk.samples)
+
+
+def _dbfs(level: float) -> float:
+    return round(max(FLOOR_DBFS, 20 * math.log10(max(level, 1e-9))), 1)
+
+
+async def _print_levels(source: MicrophoneSource, seconds: float | None) -> None:
+    async for level in _levels(source, seconds):
+        print(json.dumps(dataclasses.asdict(level), ensure_ascii=False), flush=True)
+
+
+async def _draw_levels(source: MicrophoneSource, seconds: float | None) -> None:
+    print(f"{source.name}; Ctrl-C ends")
+    with Live(auto_refresh=False) as live:
+        async for level in _levels(source, seconds):
+            live.update(_bar(level), refresh=True)
+
+
+def _bar(level: Level) -> Text:
+    filled, peak = (
+        round(BAR_WIDTH * max(0.0, 1 - dbfs / BAR_FLOOR_DBFS)) for dbfs in (level.rms_dbfs, level.peak_dbfs)
+    )
+    colour = "red" if level.peak_dbfs > -1 else "yellow" if level.peak_dbfs > -6 else "green"
+    bar = "█" * filled + "▒" * (peak - filled)
+    told = level.why or ("" if level.state == "capturing" else level.state)
+    numbers = f" peak {level.peak_dbfs:6.1f}  rms {level.rms_dbfs:6.1f} dBFS  "
+    return Text.assemble((f"{bar:<{BAR_WIDTH}}", colour), numbers, told)

@@ -1,0 +1,105 @@
+"""`edge-asr devices`, as a process, on made-up devices."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+LIMIT_S = 60.0
+USB = {"name": "USB Mic: Audio (hw:1,0)", "max_input_channels": 1, "default_samplerate": 44_100.0}
+PULSE = {"name": "pulse", "max_input_channels": 32, "default_samplerate": 48_000.0}
+
+Plug = Callable[..., None]
+
+
+@pytest.fixture(autouse=True)
+def two_devices(plug: Plug, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plug(USB, PULSE, value=16_384)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "fake"))
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "edge_asr", "devices", *arguments]
+    environment = {**os.environ, "COLUMNS": "100"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def devices(*arguments: str) -> tuple[int, str, str]:
+    with start(*arguments) as process:
+        output, errors = process.communicate(timeout=LIMIT_S)
+    return process.returncode, output, errors
+
+
+def test_devices_are_listed_with_what_the_configuration_wants() -> None:
+    code, output, errors = devices()
+    assert (code, errors) == (0, "")
+    assert [line.split() for line in output.splitlines()[:3]] == [
+        ["name", "host", "API", "channels", "rate", "stable", "name"],
+        ["*", "USB", "Mic:", "Audio", "ALSA", "1", "44100", "Hz"],
+        ["pulse", "ALSA", "32", "48000", "Hz"],
+    ]
+
+
+def test_devices_are_listed_as_json() -> None:
+    code, output, _ = devices("--json")
+    found: list[dict[str, Any]] = [json.loads(line) for line in output.splitlines()]
+    assert code == 0
+    assert found[0] == {
+        "name": "USB Mic: Audio", "host_api": "ALSA", "channels": 1, "rate": 44_100, "stable_id": None, "paths": [],
+        "is_default": True,
+    }  # fmt: skip
+    assert [device["name"] for device in found] == ["USB Mic: Audio", "pulse"]
+
+
+def test_without_devices_the_remedy_is_to_plug_one_in(plug: Plug) -> None:
+    plug()
+    assert devices() == (0, "no input device; plug one in\n", "")
+
+
+def test_the_meter_shows_how_loud_it_is() -> None:
+    code, output, errors = devices("usb", "--meter", "--json", "--seconds", "1.5")
+    levels: list[dict[str, Any]] = [json.loads(line) for line in output.splitlines()]
+    assert (code, errors) == (0, "")
+    assert {"state": "capturing", "why": "", "peak_dbfs": -6.0, "rms_dbfs": -6.0} in [
+        {**level, "rms_dbfs": round(level["rms_dbfs"])} for level in levels
+    ]
+
+
+def test_the_meter_draws_a_bar() -> None:
+    code, output, _ = devices("usb", "--meter", "--seconds", "1.5")
+    assert code == 0
+    assert "█" * 30 in output
+    assert "peak   -6.0" in output
+
+
+def test_the_meter_ends_at_an_interrupt() -> None:
+    with start("usb", "--meter", "--json") as process:
+        assert process.stdout is not None
+        assert json.loads(process.stdout.readline())["state"] == "waiting"
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=LIMIT_S)
+    assert (process.returncode, errors) == (130, "")
+
+
+def test_the_meter_of_a_device_that_is_not_there_says_so_and_waits() -> None:
+    code, output, _ = devices("Røde", "--meter", "--json", "--seconds", "1.5")
+    last = json.loads(output.splitlines()[-1])
+    assert code == 0
+    assert last["state"] == "waiting"
+    assert last["why"].startswith("microphone Røde: not found; there is 'USB Mic: Audio', 'pulse'")
+
+
+def test_without_sounddevice_there_is_one_line_with_the_remedy(tmp_path: Path) -> None:
+    (tmp_path / "fake/sounddevice.py").unlink()
+    (tmp_path / "fake/sounddevice.py").write_text("raise ModuleNotFoundError('sounddevice')")
+    line = "sounddevice is not installed; pip install 'edge-asr[microphone]'\n"
+    assert devices() == (2, "", f"edge-asr: {line}")
+    assert devices("--meter", "--json")[::2] == (2, f"edge-asr: microphone:default: {line}")
