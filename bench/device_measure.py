@@ -31,6 +31,7 @@ from bench.device_results import (
 )
 from bench.floor import KNOWN, dimensions_of, floor_ms
 from bench.half import ONNX_CUDA_HALF, write_half
+from bench.report import without_folders
 from bench.terminal import Tick
 from edge_asr.config import EngineConfig
 from edge_asr.doctor.tree import Tree
@@ -172,7 +173,7 @@ class _Bench:
             after_idle=self._after_idle,
             memory=memory,
             sensors=_told(busy.summary, idle.summary if self._after_idle else None),
-            left_out=self._left_out,
+            left_out=[without_folders(reason) for reason in self._left_out],
             note=task.note,
         )
 

@@ -18,7 +18,7 @@ def listed(results: Sequence[Result]) -> str:
         return "Nobody has sent in a result yet."
     ordered = sorted(results, key=lambda result: (result.machine.name, result.model.name, result.date))
     lengths = [f"{seconds:g} s" for seconds in SHOWN_S]
-    head = ("device", "model", "engine", *lengths, "after idle", "memory", "power", "text", "date")
+    head = ("device", "model", "engine", *lengths, "after a pause", "memory", "power", "text", "date")
     rows = [_row(result) for result in ordered]
     intro = "Median milliseconds for one utterance of each length; then what else was measured."
     return "\n\n".join([intro, table(head, rows), *(full(result) for result in ordered)])
@@ -27,7 +27,9 @@ def listed(results: Sequence[Result]) -> str:
 def full(result: Result) -> str:
     """Return everything that was measured, as Markdown."""
     title = f"### {_device(result)}: {result.model.name}, {result.engine.name}"
-    parts = [title, table(("", ""), _facts(result)), table(_HEAD, [_case(each) for each in result.latency])]
+    cases = table(_HEAD, [_case(each) for each in result.latency])
+    folded = f"<details><summary>Every case</summary>\n\n{cases}\n\n</details>"
+    parts = [title, table(("", ""), _facts(result)), folded]
     if result.left_out:
         parts.append("\n".join(f"* Left out: {reason}" for reason in result.left_out))
     return "\n\n".join(parts)
@@ -62,12 +64,19 @@ def _row(result: Result) -> list[str]:
         result.model.name,
         result.engine.name,
         *(medians.get(seconds, ABSENT) for seconds in SHOWN_S),
-        f"{result.after_idle[0].first_ms:.1f}" if result.after_idle else ABSENT,
+        _after_pause(result),
         _megabytes(result.memory.total_mb),
         _watts(result.sensors.board_w),
         _same(result),
         result.date,
     ]
+
+
+def _after_pause(result: Result) -> str:
+    if not result.after_idle:
+        return ABSENT
+    first = result.after_idle[0]
+    return f"{first.first_ms:.1f} ({first.seconds:g} s, idle {first.idle_s:g} s)"
 
 
 def _device(result: Result) -> str:
@@ -126,7 +135,7 @@ def _same(result: Result) -> str:
 
 
 def _case(each: Latency) -> list[str]:
-    stages = ", ".join(f"{name} {ms:g}" for name, ms in each.stages_ms.items())
+    stages = ", ".join(f"{name} {ms:.1f}" for name, ms in each.stages_ms.items())
     return [
         f"{each.seconds:g} s",
         str(each.batch),

@@ -125,12 +125,12 @@ def test_a_shape_that_an_engine_has_no_room_for_is_left_out(tmp_path: Path, monk
 
     def small(self: Any, batch: Sequence[Any], padding: int = 0) -> Any:
         if len(batch) > 1:
-            raise EngineError("no profile")
+            raise EngineError("/home/me/engine: no profile")
         return recognize_batch(self, batch, padding)
 
     monkeypatch.setattr(Paraformer, "recognize_batch", small)
     result = run(tmp_path / "r.json", "--engine", str(engine_of(FP32)), "--target", FP32)
-    assert result.left_out == ["0.3 s x 2: no profile", "0.9 s x 2: no profile"]
+    assert result.left_out == ["0.3 s x 2: engine: no profile", "0.9 s x 2: engine: no profile"]
     assert {each.batch for each in result.latency} == {1}
 
 
@@ -253,13 +253,13 @@ def test_results_become_a_list_in_their_section_only(tmp_path: Path, capsys: pyt
     assert "old" not in text
     row = next(line for line in text.splitlines() if line.startswith("| Jetson"))
     assert row == (
-        "| Jetson Orin Nano 8 GB (throttled) | paraformer-large | tensorrt-fp16 | – | 21.0 | – | – | – | 80.0 | 1400 MB"
-        " | 9.2 W | 99 of 100 tokens in 10 sounds, log-probabilities within 0.012 | 2026-11-22 |"
+        "| Jetson Orin Nano 8 GB (throttled) | paraformer-large | tensorrt-fp16 | – | 21.0 | – | – | –"
+        " | 80.0 (1 s, idle 60 s) | 1400 MB | 9.2 W | 99 of 100 tokens in 10 sounds, log-probabilities within 0.012 | 2026-11-22 |"
     )
     assert (
         r"| Another \| board | paraformer-large | tensorrt-fp16 | – | – | – | – | – | – | – | – | it is fp32 |" in text
     )
-    assert "| 2 s | 1 | on | off | 100 | 9 | 11.00 | 12.00 | 13.00 | 6.40 | encoder 8 |" in text
+    assert "| 2 s | 1 | on | off | 100 | 9 | 11.00 | 12.00 | 13.00 | 6.40 | encoder 8.0 |" in text
     assert "* Left out: x: y" in text
     assert "VDD_IN 9.25 W; in pauses 4.5 W" in text
     for block in text.split("\n\n"):
