@@ -138,7 +138,7 @@ def test_a_shape_that_an_engine_has_no_room_for_is_left_out(tmp_path: Path, monk
 
 
 def test_what_a_child_returns_or_raises_arrives(tmp_path: Path) -> None:
-    assert len(device_check.in_child(device_check.hear_in_child, read_bundle(BUNDLE), engine_of(FP32), 1)) > 8
+    assert device_check.in_child(os.getpid) != os.getpid()
     with pytest.raises(BundleError, match="nothing"):
         device_check.in_child(read_bundle, tmp_path / "nothing")
 
@@ -254,7 +254,8 @@ def test_results_become_a_list_in_their_section_only(tmp_path: Path, capsys: pyt
     row = next(line for line in text.splitlines() if line.startswith("| Jetson"))
     assert row == (
         "| Jetson Orin Nano 8 GB (throttled) | paraformer-large | tensorrt-fp16 | – | 21.0 | – | – | –"
-        " | 80.0 (1 s, idle 60 s) | 1400 MB | 9.2 W | 99 of 100 tokens in 10 sounds, log-probabilities within 0.012 | 2026-11-22 |"
+        " | 80.0 (1 s, idle 60 s) | 1400 MB | 9.2 W"
+        " | 99 of 100 tokens in 10 sounds, log-probabilities within 0.012 | 2026-11-22 |"
     )
     assert (
         r"| Another \| board | paraformer-large | tensorrt-fp16 | – | – | – | – | – | – | – | – | it is fp32 |" in text
