@@ -138,7 +138,7 @@ class Scheduler:
                 item.done.set_result(None)
             else:
                 self._answer(item, recognizer)
-        recognizer.close()
+        _release(recognizer)
 
     def _answer(self, request: _Request, recognizer: Recognizer) -> None:
         if not request.answer.set_running_or_notify_cancel():
