@@ -16,7 +16,8 @@ from edge_asr.errors import BrokenEngineError, EngineError
 from edge_asr.recognizer import onnx_network
 from edge_asr.recognizer.bundle import FP32
 from edge_asr.recognizer.manifest import read_manifest
-from edge_asr.recognizer.onnx_network import ARENAS, BUCKETS, ONNX_CUDA, SEARCHES, CudaOptions, OnnxNetwork
+from edge_asr.recognizer.network import BUCKETS
+from edge_asr.recognizer.onnx_network import ARENAS, ONNX_CUDA, SEARCHES, CudaOptions, OnnxNetwork
 from edge_asr.recognizer.paraformer import Paraformer
 from edge_asr.types import Samples
 

@@ -7,6 +7,8 @@ from typing import Any, Protocol
 
 import numpy.typing as npt
 
+BUCKETS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+"""Frames and tokens that launches on a GPU are recorded for; what lies between is filled up."""
 Arrays = Mapping[str, Any]
 """numpy arrays by name; what only the next network reads may be a DeviceArray."""
 

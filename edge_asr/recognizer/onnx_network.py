@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_asr.errors import BrokenEngineError, BundleError, EngineError
-from edge_asr.recognizer.network import Arrays
+from edge_asr.recognizer.network import BUCKETS, Arrays
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -29,8 +29,6 @@ STAY = frozenset({"enc"})
 """Outputs that stay on the device: only the next network reads them."""
 BATCH = "B"
 """The dimension that is never filled up: one utterance is what graphs are recorded for."""
-BUCKETS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-"""Frames and tokens that recorded graphs are for; what is longer than 30 s is launched as it comes."""
 NO_GRAPH = -1
 """The id with which onnxruntime neither records nor replays."""
 ARENAS = {"as-requested": "kSameAsRequested", "power-of-two": "kNextPowerOfTwo"}

@@ -18,14 +18,12 @@ from edge_asr.recognizer import cuda
 from edge_asr.recognizer.cuda import DeviceMemory, Gpu
 from edge_asr.recognizer.cuda_graph import Graph
 from edge_asr.recognizer.gpu_buffers import STAYS, Buffers
-from edge_asr.recognizer.network import Arrays
+from edge_asr.recognizer.network import BUCKETS, Arrays
 from edge_asr.recognizer.tensorrt_plan import LoadedPlan, Profile, Shape, Sizes, Tensor
 
 log = logging.getLogger(__name__)
 
 OLDEST = (8, 5)
-BUCKETS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-"""Frames and tokens that launches are recorded for; what lies between is filled up."""
 MOST_GRAPHS = 48
 """Of a network; each takes memory. The one that was not needed for the longest time goes first."""
 LEGACY_TEGRA = Path("/etc/nv_tegra_release")
