@@ -11,24 +11,27 @@ from edge_asr.config import Config
 from edge_asr.errors import EngineError
 from edge_asr.loader import engine_folder, existing
 from edge_asr.recognizer.bundle import read_bundle
-from edge_asr.recognizer.manifest import FILE
+from edge_asr.recognizer.manifest import FILE, resolved
 
 if TYPE_CHECKING:
-    from edge_asr.engine.build import Progress
+    from edge_asr.engine.candidate import Progress
 
 
 def build(config: Config, if_needed: bool) -> None:
     """Build the engine of the configured model and print its manifest's path. Raises BundleError or EngineError."""
-    bundle, target = read_bundle(config.model), config.engine.target
-    folder = config.engine.dir or engine_folder(bundle, config.state_dir)
-    manifest = existing(bundle, folder, target) if if_needed else None
+    bundle, wanted = read_bundle(config.model), config.engine
+    target = resolved(wanted.target, wanted.gpu)
+    folder = wanted.dir or engine_folder(bundle, config.state_dir, target)
+    manifest = existing(bundle, folder, target, wanted.gpu, wanted.tensorrt) if if_needed else None
     if manifest is None:
         try:
             from edge_asr.engine.build import build_engine
         except ImportError as error:
             raise EngineError(f"an engine cannot be built without {error.name}: pip install 'edge-asr[cpu]'") from error
         with _shown() as progress:
-            manifest = build_engine(bundle, target, folder, config.engine.threads, progress, if_needed)
+            manifest = build_engine(
+                bundle, wanted.target, folder, wanted.threads, progress, if_needed, wanted.gpu, wanted.tensorrt
+            )
     _say(f"{bundle.name}: {manifest.engine}; {manifest.why}")
     print(folder / FILE)
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edge_asr.config import TensorRtConfig
 from edge_asr.errors import EngineError
-from edge_asr.recognizer.bundle import Bundle
+from edge_asr.recognizer.bundle import FP32, INT8, Bundle
 from edge_asr.recognizer.onnx_network import runtime_version
 
 AUTO = "auto"
@@ -24,8 +25,11 @@ TENSORRT = "tensorrt-fp16"
 FILE = "manifest.json"
 SCHEMA = "edge_asr.engine/3"
 """Its number grows whenever the networks are written differently: an engine of another number is built again."""
+SEAL = "seal"
+"""Key of a plan's manifest: the hash of all others, for a plan runs with numbers that stand nowhere else."""
 REMEDY = "run edge-asr build-engine again"
 HASH_BLOCK = 1 << 20
+TENSORRT_AS_USUAL = TensorRtConfig()
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +127,9 @@ def read_manifest(folder: Path) -> Manifest | None:
         loaded = json.loads(path.read_text(encoding="utf-8"))
         if loaded["schema"] != SCHEMA:
             raise EngineError(f"{path}: of another version of edge_asr ({loaded['schema']}); {REMEDY}")
+        seal = loaded.pop(SEAL, None)
+        if loaded["plan"] is not None and seal != _seal(loaded):
+            raise EngineError(f"{path}: damaged; {REMEDY}")
         source = Source(**loaded["source"])
         files = {name: FileRecord(**record) for name, record in loaded["files"].items()}
         self_test = None if loaded["self_test"] is None else SelfTest(**loaded["self_test"])
@@ -145,12 +152,17 @@ def _check_names(manifest: Manifest) -> None:
     for name in (manifest.encoder, manifest.decoder, *sounds):
         if name not in manifest.files:
             raise ValueError(f"{name!r} is not among its files")
+    if (manifest.engine == TENSORRT) != (manifest.plan is not None):
+        raise ValueError(f"it is {manifest.engine} with{'out' if manifest.plan is None else ''} a plan")
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Path:
     """Put the manifest in place in one step: readers see the old engine or the new one, nothing between."""
     path, draft = folder / FILE, folder / f".{FILE}.{os.getpid()}"
-    text = json.dumps(dataclasses.asdict(manifest), indent=1, ensure_ascii=False)
+    content = dataclasses.asdict(manifest)
+    if manifest.plan is not None:
+        content[SEAL] = _seal(content)
+    text = json.dumps(content, indent=1, ensure_ascii=False)
     with draft.open("w", encoding="utf-8") as file:
         file.write(text + "\n")
         file.flush()
@@ -159,11 +171,27 @@ def write_manifest(folder: Path, manifest: Manifest) -> Path:
     return path
 
 
-def existing(bundle: Bundle, folder: Path, target: str) -> Manifest | None:
+def _seal(content: Mapping[str, Any]) -> str:
+    """Return the hash of a manifest's content."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def resolved(target: str, gpu: int) -> str:
+    """Return what `auto` means here: `tensorrt-fp16` where there are TensorRT and a GPU, else `onnx`; or the target."""
+    if target != AUTO:
+        return target
+    from edge_asr.recognizer.tensorrt_network import unavailable  # which needs us
+
+    return TENSORRT if unavailable(gpu) is None else ONNX
+
+
+def existing(
+    bundle: Bundle, folder: Path, target: str, gpu: int = 0, tensorrt: TensorRtConfig = TENSORRT_AS_USUAL
+) -> Manifest | None:
     """Return the manifest of an engine in `folder` that fits; None where there is none, or it is damaged or stale."""
     try:
         manifest = read_manifest(folder)
-        if manifest is None or unfit(manifest, bundle, target):
+        if manifest is None or unfit(manifest, bundle, target, gpu, tensorrt):
             return None
         check_files(folder, manifest)
     except EngineError:
@@ -171,14 +199,22 @@ def existing(bundle: Bundle, folder: Path, target: str) -> Manifest | None:
     return manifest
 
 
-def unfit(manifest: Manifest, bundle: Bundle, target: str = AUTO) -> str | None:
-    """Return why an engine does not fit bundle, target and machine; None where it does."""
-    if target not in (AUTO, ONNX, manifest.engine):
+def unfit(
+    manifest: Manifest,
+    bundle: Bundle,
+    target: str = AUTO,
+    gpu: int = 0,
+    tensorrt: TensorRtConfig = TENSORRT_AS_USUAL,
+) -> str | None:
+    """Return why an engine does not fit bundle, target and machine; None where it does.
+
+    `gpu`, `tensorrt`: what a plan would run on, and with; engines of onnxruntime do not depend on it.
+    """
+    if target != AUTO and manifest.engine not in ((INT8, FP32) if target == ONNX else (target,)):
         return f"it is {manifest.engine}, {target} is wanted"
-    if manifest.machine != this_machine():
-        return f"it was built for {manifest.machine}, this is {this_machine()}"
-    if manifest.versions.get("onnxruntime") != runtime_version():
-        return f"it was measured with onnxruntime {manifest.versions.get('onnxruntime')}, this is {runtime_version()}"
+    why = _unfit_for_processor(manifest) if manifest.plan is None else _unfit_for_gpu(manifest.plan, gpu, tensorrt)
+    if why:
+        return why
     if dict(manifest.config) != dataclasses.asdict(bundle.config):
         return f"the configuration in {bundle.folder} has changed since"
     path = bundle.folder / manifest.source.name
@@ -191,6 +227,37 @@ def unfit(manifest: Manifest, bundle: Bundle, target: str = AUTO) -> str | None:
     # A copied bundle has new times; the hash tells whether it is the same.
     if status.st_mtime_ns != manifest.source.mtime_ns and sha256_of(path) != manifest.source.sha256:
         return f"{path} has changed since"
+    return None
+
+
+def _unfit_for_processor(manifest: Manifest) -> str | None:
+    if manifest.machine != this_machine():
+        return f"it was built for {manifest.machine}, this is {this_machine()}"
+    if manifest.versions.get("onnxruntime") != runtime_version():
+        return f"it was measured with onnxruntime {manifest.versions.get('onnxruntime')}, this is {runtime_version()}"
+    return None
+
+
+def _unfit_for_gpu(plan: Plan, gpu: int, tensorrt: TensorRtConfig) -> str | None:
+    """Return why a plan does not fit the GPU, its software, or what is configured."""
+    from edge_asr.recognizer.tensorrt_network import machine  # which needs us
+
+    if plan.softmax_fp16 != tensorrt.softmax_fp16:
+        return f"it was built with engine.tensorrt.softmax_fp16 {'on' if plan.softmax_fp16 else 'off'}"
+    try:
+        here = machine(gpu)
+    except EngineError as error:
+        return str(error)
+    compared = {
+        "TensorRT": (plan.tensorrt, here.tensorrt),
+        "GPU": (plan.gpu, here.gpu),
+        "compute capability": (plan.sm, here.sm),
+        "CUDA": (plan.cuda.partition(".")[0], here.cuda.partition(".")[0]),
+        "L4T": (plan.l4t or "none", here.l4t or "none"),
+    }
+    for what, (then, now) in compared.items():
+        if then != now:
+            return f"it was built for {what} {then}, here is {now}"
     return None
 
 
