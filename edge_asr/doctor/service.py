@@ -19,11 +19,10 @@ from typing import Any
 from edge_asr.config import MqttConfig
 from edge_asr.doctor.patient import CannotTellError, Patient
 from edge_asr.doctor.report import Finding, fail, ok, warn
-from edge_asr.doctor.tree import RELEASE_FILE
 from edge_asr.errors import BundleError, EngineError
 from edge_asr.loader import engine_folder
 from edge_asr.recognizer.bundle import Bundle
-from edge_asr.recognizer.manifest import AUTO, FILE, ONNX, SCHEMA, TENSORRT, Plan, check_files, read_manifest, unfit
+from edge_asr.recognizer.manifest import AUTO, FILE, ONNX, SCHEMA, TENSORRT, check_files, read_manifest, unfit
 
 BROKER_S = 3.0
 """For name, TCP connection and the broker's answer together."""
@@ -96,9 +95,7 @@ def tensorrt_engine(patient: Patient) -> Finding:
         return ok("not needed here")
     if patient.settings.engine.dir is not None:
         return ok("engine.dir names the only one; see engine")
-    for subject, check in (("tensorrt", "tensorrt"), ("cuda", "cuda_driver")):
-        if patient.answer(subject).error is not None:
-            raise CannotTellError(check)
+    _check_plans_run(patient)
     return _engine(patient, TENSORRT, engine_folder(_readable(patient), patient.settings.state_dir, TENSORRT))
 
 
@@ -124,29 +121,20 @@ def _unfit(patient: Patient, folder: Path, model: Bundle, target: str) -> str | 
     manifest = read_manifest(folder)
     if manifest is None:
         return "there is none yet"
-    why = unfit(manifest, model, target) or (manifest.plan and _plan_unfit(patient, manifest.plan))
-    if why:
+    if manifest.plan is not None:
+        _check_plans_run(patient)
+    config = patient.settings.engine
+    if why := unfit(manifest, model, target, config.gpu, config.tensorrt):
         return f"it does not fit: {why}"
     check_files(folder, manifest)
     return None
 
 
-def _plan_unfit(patient: Patient, plan: Plan) -> str | None:
-    """Return why a plan of TensorRT does not fit this machine: it runs with nothing but what it was built with."""
-    gpus = patient.answer("cuda").facts.get("gpus", [])[patient.settings.engine.gpu :]
-    release = patient.tree.text(RELEASE_FILE)
-    here = {
-        "TensorRT": (plan.tensorrt, patient.answer("tensorrt").facts.get("version")),
-        "GPU": (plan.gpu, gpus[0]["name"] if gpus else None),
-        "compute capability": (plan.sm, ".".join(map(str, gpus[0]["capability"])) if gpus else None),
-        "L4T": (plan.l4t, release.splitlines()[0] if release else None),
-    }
-    for what, (then, now) in here.items():
-        if then != now:
-            return f"it was built for {what} {then or 'none'}, here is {now or 'none'}"
-    if plan.softmax_fp16 != patient.settings.engine.tensorrt.softmax_fp16:
-        return f"it was built with engine.tensorrt.softmax_fp16 {'on' if plan.softmax_fp16 else 'off'}"
-    return None
+def _check_plans_run(patient: Patient) -> None:
+    """Raise CannotTellError where what runs plans does not load: nobody should try that in this process."""
+    for subject, check in (("tensorrt", "tensorrt"), ("cuda", "cuda_driver"), ("pycuda", "pycuda")):
+        if patient.answer(subject).error is not None:
+            raise CannotTellError(check)
 
 
 def _schema(folder: Path) -> Any:
