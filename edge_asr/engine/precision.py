@@ -74,7 +74,10 @@ def half(graph: Graph, softmax: bool = False) -> Graph:
 
 
 def opset13(graph: Graph) -> Graph:
-    """Return the graph in opset 13, with LayerNormalization written out: for TensorRT 8.5, which does not know it."""
+    """Return the graph in opset 13, with LayerNormalization written out: for TensorRT 8.5, which does not know it.
+
+    To be called behind `half`, which would not know the parts for what they are.
+    """
     tensors, nodes = dict(graph.tensors), []
     for node in graph.skeleton.graph.node:
         if node.op_type != "LayerNormalization":
