@@ -11,7 +11,6 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 from edge_asr import __version__, metrics
@@ -21,11 +20,11 @@ from edge_asr.audio.stdin import StdinSource
 from edge_asr.budget import LatencyBudget, RecentResponses
 from edge_asr.config import Config, FileSourceConfig, GatesConfig, SegmentConfig, SourceConfig
 from edge_asr.errors import EdgeAsrError
-from edge_asr.loader import EngineBuild, Recognizer, load_recognizer
+from edge_asr.keeper import EngineKeeper
+from edge_asr.ladder import load_ladder
 from edge_asr.pipeline import Gates, Labels, Listener, TranscriptSink
 from edge_asr.publish.mqtt import MqttPublisher
 from edge_asr.recognizer.bundle import Bundle, read_bundle
-from edge_asr.recognizer.scheduler import Scheduler
 from edge_asr.speech.segmenter import ENDPOINTS, Rules, Segmenter
 from edge_asr.speech.vad import SileroDetector
 from edge_asr.transcribe import transcribe
@@ -58,7 +57,7 @@ def choose_gates(config: GatesConfig, bundle: Bundle) -> Gates:
 def transcribe_files(config: Config, paths: Sequence[str]) -> Iterator[tuple[str, Transcript | EdgeAsrError]]:
     """Yield every file's transcripts, or the error that a file met; the others are done all the same."""
     bundle = read_bundle(config.model)
-    recognizer = load_recognizer(bundle, config.engine, config.state_dir)
+    recognizer = load_ladder(bundle, config.engine, config.state_dir)
     try:
         for path in paths:
             labels = Labels(config.device_id, f"file:{path}", bundle.name)
@@ -90,9 +89,7 @@ class Daemon:
         """Read the bundle. Raises BundleError and ConfigError."""
         self._config = config
         self._bundle = read_bundle(config.model)
-        self._build = EngineBuild(partial(self._publish_state, "starting", "its engine is being built"))
-        self._scheduler = Scheduler(self._load)
-        self._engine: str | None = None
+        self._keeper = EngineKeeper(self._bundle, config.engine, config.state_dir, self._publish_state)
         self._budget = LatencyBudget(config.budget.response_ms)
         self._responses = RecentResponses()
         self._publisher = (
@@ -110,10 +107,10 @@ class Daemon:
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[Daemon]:
-        """Start publisher, model and listeners, in this order, and stop them in reverse."""
+        """Start publisher, engine and listeners, in this order, and stop them in reverse."""
         try:
             self._start_publisher()
-            if await self._start_model():
+            if await self._start_engine():
                 self._start_listeners()
             heartbeat = asyncio.create_task(self._report(), name="state")
             try:
@@ -122,7 +119,7 @@ class Daemon:
                 heartbeat.cancel()
         finally:
             await self._stop_listeners()
-            await self._stop_model()
+            await self._stop_engine()
             await self._stop_publisher()
 
     def stop(self) -> None:
@@ -132,17 +129,19 @@ class Daemon:
     async def finished(self) -> None:
         """Return when asked to stop, or when all sources have ended and everything is published.
 
-        Raises the first failure of a source once the others have ended.
+        Raises the first failure of a source once the others have ended, and BrokenEngineError at once.
         """
         stopping = asyncio.create_task(self._stop.wait(), name="stop")
         listening = asyncio.create_task(self._listened(), name="listened")
+        broken = asyncio.create_task(self._keeper.broken(), name="broken")
         try:
-            await asyncio.wait([stopping, listening], return_when=asyncio.FIRST_COMPLETED)
-            if listening.done():
-                listening.result()
+            await asyncio.wait([stopping, listening, broken], return_when=asyncio.FIRST_COMPLETED)
+            for ended in (broken, listening):
+                if ended.done():
+                    ended.result()
         finally:
-            stopping.cancel()
-            listening.cancel()
+            for waiting in (stopping, listening, broken):
+                waiting.cancel()
         if not self._stop.is_set():
             await self._drained()
             self._tell_losses()
@@ -160,12 +159,12 @@ class Daemon:
             self._publisher.start()
             mqtt = self._config.mqtt
             log.info("publishing on %s/%s/... at %s:%d", mqtt.base, self._config.device_id, mqtt.host, mqtt.port)
-        self._publish_state("starting", "the model is loading")
+        self._publish_state()
 
-    async def _start_model(self) -> bool:
-        """Load the model. False: asked to stop meanwhile, which does not wait for an engine to be built."""
+    async def _start_engine(self) -> bool:
+        """Load the engine. False: asked to stop meanwhile, which does not wait for an engine to be built."""
         started = time.monotonic()
-        loading = asyncio.create_task(self._scheduler.start(), name="load")
+        loading = asyncio.create_task(self._keeper.start(), name="load")
         stopping = asyncio.create_task(self._stop.wait(), name="stop")
         await asyncio.wait([loading, stopping], return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
@@ -173,14 +172,8 @@ class Daemon:
             loading.cancel()
             return False
         loading.result()
-        log.info("model %s on %s, loaded in %.1f s", self._bundle.name, self._engine, time.monotonic() - started)
+        log.info("model %s on %s, loaded in %.1f s", self._bundle.name, self._keeper.engine, time.monotonic() - started)
         return True
-
-    def _load(self) -> Recognizer:
-        """Load the model, on the inference thread."""
-        recognizer = load_recognizer(self._bundle, self._config.engine, self._config.state_dir, self._build)
-        self._engine = recognizer.engine
-        return recognizer
 
     def _start_listeners(self) -> None:
         for config in self._config.sources:
@@ -200,7 +193,7 @@ class Daemon:
             source,
             SileroDetector(),
             Segmenter(segment_rules(self._config.segment)),
-            self._scheduler,
+            self._keeper.scheduler,
             sinks,
             Labels(self._config.device_id, source.name, self._bundle.name),
             choose_gates(self._config.gates, self._bundle),
@@ -228,11 +221,9 @@ class Daemon:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _stop_model(self) -> None:
-        loaded = self._engine is not None
-        if not loaded:
-            await asyncio.to_thread(self._build.cancel)  # else it would go on without us, beside that of the next start
-        self.abandoned_inference = not await self._scheduler.close(self._drain_left_s() if loaded else 0)
+    async def _stop_engine(self) -> None:
+        loaded = self._keeper.engine is not None
+        self.abandoned_inference = not await self._keeper.close(self._drain_left_s() if loaded else 0)
         if self.abandoned_inference:
             what = "the inference under way takes too long and" if loaded else "the loading of the model"
             log.warning("%s is abandoned", what)
@@ -296,16 +287,14 @@ class Daemon:
             await asyncio.sleep(STATE_EVERY_S)
             self._publish_state()
 
-    def _publish_state(self, state: str | None = None, why: str = "") -> None:
+    def _publish_state(self) -> None:
         if self._publisher is None:
             return
-        failed = [health["name"] for health in self._health if health["health"] == "failed"]
-        if state is None:
-            state, why = ("degraded", f"failed: {', '.join(failed)}") if failed else ("ready", "")
+        state, why = self._condition()
         described: dict[str, Any] = {
             "state": state,
             "why": why,
-            "engine": self._engine,
+            "engine": self._keeper.engine,
             "model": self._bundle.name,
             "sources": self._health,
             "mute": False,
@@ -321,6 +310,13 @@ class Daemon:
             "version": __version__,
         }
         self._publisher.set_state(described)
+
+    def _condition(self) -> tuple[str, str]:
+        """Return the state and why it is so: an engine that is not the wanted one answers all the same."""
+        if self._keeper.engine is None:
+            return "starting", self._keeper.why or "the model is loading"
+        failed = [health["name"] for health in self._health if health["health"] == "failed"]
+        return ("degraded", f"failed: {', '.join(failed)}") if failed else ("ready", self._keeper.why)
 
 
 async def run_daemon(config: Config) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from edge_asr.config import Config
-from edge_asr.loader import Recognizer, load_recognizer
+from edge_asr.ladder import LoadedEngine, load_ladder
 from edge_asr.recognizer.bundle import read_bundle
 from edge_asr.types import SAMPLE_RATE, Samples
 
@@ -23,7 +23,7 @@ RUNS = 5
 
 def bench_decode(config: Config, seconds: Sequence[float], batch: int, json_lines: bool) -> None:
     """Print a line for each length of audio. Raises BundleError or EngineError."""
-    recognizer = load_recognizer(read_bundle(config.model), config.engine, config.state_dir)
+    recognizer = load_ladder(read_bundle(config.model), config.engine, config.state_dir)
     try:
         for case in _cases(recognizer, config.engine.threads, seconds, batch):
             print(json.dumps(case) if json_lines else _row(case), flush=True)
@@ -31,7 +31,7 @@ def bench_decode(config: Config, seconds: Sequence[float], batch: int, json_line
         recognizer.close()
 
 
-def _cases(recognizer: Recognizer, threads: int, seconds: Sequence[float], batch: int) -> Iterator[dict[str, Any]]:
+def _cases(recognizer: LoadedEngine, threads: int, seconds: Sequence[float], batch: int) -> Iterator[dict[str, Any]]:
     for duration in seconds:
         _forget_peak()
         samples = noise(duration)

@@ -1,96 +1,56 @@
-"""From a bundle to a loaded recogniser: its engine, built once where there is none yet, or else the published graph."""
+"""From a bundle to a loaded recogniser: an engine, built once where there is none yet, or else the published graph."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
-import os
-import signal
-import subprocess
-import sys
-import threading
-from collections.abc import Callable
 from pathlib import Path
 
+from edge_asr.child import EngineBuild
 from edge_asr.config import EngineConfig
-from edge_asr.config_reader import ENV_PREFIX
 from edge_asr.errors import BundleError, EngineError
-from edge_asr.recognizer.bundle import CHECKPOINT, Bundle
-from edge_asr.recognizer.manifest import ONNX, REMEDY, TENSORRT, Manifest, check_files, read_manifest, sha256_of, unfit
+from edge_asr.recognizer import self_test
+from edge_asr.recognizer.bundle import CHECKPOINT, FP32, Bundle
+from edge_asr.recognizer.manifest import (
+    AUTO,
+    ONNX,
+    REMEDY,
+    TENSORRT,
+    Manifest,
+    check_files,
+    read_manifest,
+    sha256_of,
+    unfit,
+)
 from edge_asr.recognizer.manifest import existing as existing  # who asks for an engine here finds all about it here
-from edge_asr.recognizer.onnx_network import OnnxNetwork
+from edge_asr.recognizer.network import Network
+from edge_asr.recognizer.onnx_network import ONNX_CUDA, CudaOptions, OnnxNetwork
 from edge_asr.recognizer.paraformer import Paraformer
+from edge_asr.recognizer.tensorrt_network import TensorRtOptions, load_networks, unavailable
 from edge_asr.recognizer.whole import WholeParaformer
 
 log = logging.getLogger(__name__)
 
 Recognizer = Paraformer | WholeParaformer
 
-COMPLAINT = "edge-asr: "
-"""What a line of build-engine that is meant for the user begins with."""
-KILL_AFTER_S = 0.5
-"""So long a child that is to end may take."""
-
-
-class EngineBuild:
-    """The child that builds an engine. Whoever waits for it on another thread may end it."""
-
-    def __init__(self, begins: Callable[[], None] = lambda: None) -> None:
-        """`begins` is called, on the thread that loads, when there is an engine to build."""
-        self.cancelled = False
-        self._begins = begins
-        self._child: subprocess.Popen[str] | None = None
-        self._lock = threading.Lock()
-
-    def run(self, bundle: Bundle, folder: Path, config: EngineConfig) -> None:
-        """Build in a process of its own, so that ours does not keep the memory it takes. Raises EngineError."""
-        with self._start(_command(bundle, folder, config)) as child:
-            try:
-                _, said = child.communicate()
-            finally:
-                _end(child)  # at Ctrl-C it is still at work
-        if child.returncode:
-            raise EngineError(_reason(child.returncode, said or ""))
-
-    def cancel(self) -> None:
-        """End the child, if there is one, and let none be started from now on."""
-        with self._lock:
-            self.cancelled = True
-        if self._child is not None:
-            _end(self._child)
-
-    def _start(self, command: list[str]) -> subprocess.Popen[str]:
-        # Whoever sits at a terminal sees the progress; otherwise only what went wrong is of interest.
-        errors = None if sys.stderr is not None and sys.stderr.isatty() else subprocess.PIPE
-        with self._lock:  # after cancel() nothing begins
-            if self.cancelled:
-                raise EngineError("the building of the engine was cancelled")
-            self._begins()
-            try:
-                self._child = subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors,
-                    text=True, errors="replace", env=_environment(),
-                )  # fmt: skip
-            except OSError as error:
-                raise EngineError(f"build-engine cannot be started ({error})") from error
-            return self._child
-
 
 def load_recognizer(
     bundle: Bundle, config: EngineConfig, state_dir: Path, build: EngineBuild | None = None
 ) -> Recognizer:
-    """Load the engine of a bundle, building it first where it is missing or does not fit any more.
+    """Load the engine of a bundle for the processor, building it first where it is missing or does not fit any more.
 
-    What cannot be taken apart, or built here, runs whole, with a warning. `build`: for whoever may want to end it.
-    Raises BundleError or EngineError.
+    What cannot be taken apart, or built here, runs whole, with a warning, unless `config.strict`. `build`: for whoever
+    may want to end it. Raises BundleError or EngineError.
     """
     if config.dir is not None:
         return load_engine(bundle, config.dir, config)
     build = build or EngineBuild()
+    config = config.model_copy(update={"target": processor_target(config)})
     try:
         return _load_or_build(bundle, engine_folder(bundle, state_dir), config, build)
     except EngineError as error:
-        if build.cancelled or bundle.kind == CHECKPOINT:  # nobody waits, or nothing could run whole
+        if build.cancelled or bundle.kind == CHECKPOINT or config.strict:  # nobody waits, or nothing could run whole
             raise
         why = error
     # Only once it runs is there anything to warn of: what is damaged is told in one line.
@@ -99,17 +59,43 @@ def load_recognizer(
     return recognizer
 
 
-def load_engine(bundle: Bundle, folder: Path, config: EngineConfig) -> Paraformer:
-    """Load the engine in `folder`. Raises EngineError where it is missing, damaged, or does not fit."""
-    manifest = _fitting(bundle, folder, config.target)
+def load_on_cuda(bundle: Bundle, config: EngineConfig, state_dir: Path, build: EngineBuild | None = None) -> Paraformer:
+    """Load the fp32 engine of a bundle on onnxruntime's CUDA provider, building it first where there is none that fits.
+
+    Raises BundleError or EngineError.
+    """
+    config = config.model_copy(update={"target": FP32})
+    cuda = CudaOptions(
+        gpu=config.gpu,
+        memory_limit_mb=config.cuda.memory_limit_mb,
+        arena=config.cuda.arena,
+        search=config.cuda.search,
+        graphs=config.cuda.cuda_graphs,
+    )
+    if config.dir is not None:
+        return load_engine(bundle, config.dir, config, cuda)
+    folder = engine_folder(bundle, state_dir)
+    if existing(bundle, folder, FP32) is None:  # int8, as a rule: it has no kernels for GPUs
+        folder = engine_folder(bundle, state_dir, ONNX_CUDA)
+        if existing(bundle, folder, FP32) is None:
+            _build(bundle, folder, config, build or EngineBuild(), "the processor's is of no use to a GPU")
+    return load_engine(bundle, folder, config, cuda)
+
+
+def load_engine(bundle: Bundle, folder: Path, config: EngineConfig, cuda: CudaOptions | None = None) -> Paraformer:
+    """Load the engine in `folder`, with `cuda` on that provider; one of TensorRT must pass its self-test.
+
+    Raises EngineError where it is missing, damaged, or does not fit; BundleError where the bundle is to blame.
+    """
+    manifest = _fitting(bundle, folder, config)
     try:
-        return _load(bundle, folder, manifest, config.threads)
+        return _load(bundle, folder, manifest, config, cuda)
     except EngineError:
         # Another build may have put its own files in place meanwhile, and cleared away those of this manifest.
-        newer = _fitting(bundle, folder, config.target)
+        newer = _fitting(bundle, folder, config)
         if newer == manifest:
             raise
-    return _load(bundle, folder, newer, config.threads)
+    return _load(bundle, folder, newer, config, cuda)
 
 
 def load_whole(bundle: Bundle, threads: int) -> WholeParaformer:
@@ -120,14 +106,19 @@ def load_whole(bundle: Bundle, threads: int) -> WholeParaformer:
 def engine_folder(bundle: Bundle, state_dir: Path, target: str = ONNX) -> Path:
     """Return where the engine of a bundle lies unless configured: a folder for each place that bundles lie in.
 
-    TensorRT's has one of its own, for onnxruntime's serves while it is built, and where it cannot run.
+    Those for a GPU have one of their own, for the processor's serves while they are built, and where they cannot run.
     """
     place = hashlib.sha256(str(bundle.folder.resolve()).encode(errors="surrogateescape")).hexdigest()
-    suffix = f"-{target}" if target == TENSORRT else ""
+    suffix = f"-{target}" if target in (TENSORRT, ONNX_CUDA) else ""
     return state_dir / "engines" / f"{bundle.name}-{place[:8]}{suffix}"
 
 
-class _UnfitError(EngineError):
+def processor_target(config: EngineConfig) -> str:
+    """Return what is built for the processor: what is wanted, unless that needs a GPU."""
+    return ONNX if config.target in (AUTO, TENSORRT) else config.target
+
+
+class UnfitError(EngineError):
     """There is no engine, or it does not fit."""
 
     def __init__(self, text: str, why: str) -> None:
@@ -136,19 +127,21 @@ class _UnfitError(EngineError):
         self.why = why
 
 
-def _fitting(bundle: Bundle, folder: Path, target: str) -> Manifest:
+def _fitting(bundle: Bundle, folder: Path, config: EngineConfig) -> Manifest:
     """Return the manifest of the engine in `folder`. Raises EngineError where there is none that fits."""
     manifest = read_manifest(folder)
+    if manifest is not None and manifest.engine == TENSORRT and (lack := unavailable(config.gpu)):
+        raise EngineError(f"{folder}: {lack}")
     build = f"edge-asr build-engine --model {bundle.folder} --out"
     if manifest is None:
-        raise _UnfitError(f"{folder}: holds no engine; run {build} {folder}", "")
-    why = unfit(manifest, bundle, target)
+        raise UnfitError(f"{folder}: holds no engine; run {build} {folder}", "")
+    why = unfit(manifest, bundle, config.target, config.gpu, config.tensorrt)
     if why and _is_of_another_model(manifest, bundle):
         why = f"it was built of {manifest.model}, not of {bundle.name}"
         # Built there, it would replace an engine that somebody else uses.
-        raise _UnfitError(f"{folder}: does not fit: {why}; name its own engine's folder, or run {build} DIR first", why)
+        raise UnfitError(f"{folder}: does not fit: {why}; name its own engine's folder, or run {build} DIR first", why)
     if why:
-        raise _UnfitError(f"{folder}: does not fit: {why}; run {build} {folder}", why)
+        raise UnfitError(f"{folder}: does not fit: {why}; run {build} {folder}", why)
     return manifest
 
 
@@ -158,16 +151,37 @@ def _is_of_another_model(manifest: Manifest, bundle: Bundle) -> bool:
     return manifest.model != bundle.name and not (path.is_file() and sha256_of(path) == manifest.source.sha256)
 
 
-def _load(bundle: Bundle, folder: Path, manifest: Manifest, threads: int) -> Paraformer:
+def _load(
+    bundle: Bundle, folder: Path, manifest: Manifest, config: EngineConfig, cuda: CudaOptions | None
+) -> Paraformer:
     check_files(folder, manifest)
-    encoder, decoder = (_network(folder / name, threads) for name in (manifest.encoder, manifest.decoder))
-    return Paraformer(bundle, encoder, decoder, manifest.engine)
+    engine = manifest.engine if cuda is None else ONNX_CUDA
+    with contextlib.ExitStack() as undo:
+        networks = _networks(folder, manifest, config, cuda)
+        for network in networks:
+            undo.callback(network.close)
+        recognizer = Paraformer(bundle, *networks, engine=engine)
+        if engine == TENSORRT and manifest.self_test is not None:
+            self_test.check(recognizer, folder, manifest.self_test)
+        undo.pop_all()
+    return recognizer
 
 
-def _network(path: Path, threads: int) -> OnnxNetwork:
+def _networks(
+    folder: Path, manifest: Manifest, config: EngineConfig, cuda: CudaOptions | None
+) -> tuple[Network, Network]:
+    encoder, decoder = folder / manifest.encoder, folder / manifest.decoder
+    if manifest.engine == TENSORRT:
+        settings = config.tensorrt
+        options = TensorRtOptions(config.gpu, settings.cuda_graphs, settings.mapped_memory)
+        return load_networks(encoder, decoder, manifest.metadata, options)
+    return _network(encoder, config.threads, cuda), _network(decoder, config.threads, cuda)
+
+
+def _network(path: Path, threads: int, cuda: CudaOptions | None) -> OnnxNetwork:
     """Load a network of an engine. Raises EngineError: the bundle is not to blame for what we wrote."""
     try:
-        return OnnxNetwork(path, threads)
+        return OnnxNetwork(path, threads, cuda)
     except BundleError as error:
         raise EngineError(f"{str(error).replace('; copy the bundle again', '')}; {REMEDY}") from error
 
@@ -177,44 +191,12 @@ def _load_or_build(bundle: Bundle, folder: Path, config: EngineConfig, build: En
     try:
         return load_engine(bundle, folder, config)
     except EngineError as error:
-        why = error.why if isinstance(error, _UnfitError) else str(error).removesuffix(f"; {REMEDY}")
-    reason = f": {why}" if why else ""
-    log.info("building the engine of %s, once for this machine, in %s%s", bundle.name, folder, reason)
-    build.run(bundle, folder, config)
+        why = error.why if isinstance(error, UnfitError) else str(error).removesuffix(f"; {REMEDY}")
+    _build(bundle, folder, config, build, why)
     return load_engine(bundle, folder, config)
 
 
-def _command(bundle: Bundle, folder: Path, config: EngineConfig) -> list[str]:
-    # `-m edge_asr` would import from the working directory first, -P exists from Python 3.11 on only, and -I forgets
-    # PYTHONPATH. With our own sys.path the child imports what we would, and relative paths keep their meaning.
-    code = f"import sys; sys.path[:] = {sys.path!a}; from edge_asr.cli import main; main()"
-    # A folder that is called like a model of the catalogue must not be taken for that model.
-    places = ["--model", str(bundle.folder.absolute()), "--out", str(folder.absolute())]
-    # Another process may be building the same engine: then this one waits, and takes that.
-    options = ["--target", config.target, "--if-needed", "-o", f"engine.threads={config.threads}"]
-    return [sys.executable, "-c", code, "build-engine", *places, *options]
-
-
-def _environment() -> dict[str, str]:
-    """Return ours without the configuration in it, which may make no sense without the file that it refines."""
-    return {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
-
-
-def _end(child: subprocess.Popen[str]) -> None:
-    """End a child that may have ended by itself."""
-    child.terminate()
-    try:
-        child.wait(KILL_AFTER_S)
-    except subprocess.TimeoutExpired:
-        child.kill()
-
-
-def _reason(code: int, said: str) -> str:
-    """Return why the child failed: its last line for the user, or how it ended."""
-    complaints = [line for line in said.splitlines() if line.startswith(COMPLAINT)]
-    if complaints:
-        return complaints[-1].removeprefix(COMPLAINT)
-    if code > 0:
-        return f"build-engine ended with {code}"
-    name = next((known.name for known in signal.Signals if known == -code), f"signal {-code}")
-    return f"build-engine was killed by {name}{': out of memory?' if name == 'SIGKILL' else ''}"
+def _build(bundle: Bundle, folder: Path, config: EngineConfig, build: EngineBuild, why: str) -> None:
+    reason = f": {why}" if why else ""
+    log.info("building the engine of %s, once for this machine, in %s%s", bundle.name, folder, reason)
+    build.run(bundle, folder, config)

@@ -7,11 +7,14 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 from bundled import BUNDLE
-from mosquitto import Mosquitto, find_program
+from daemons import Daemon, Start
+from mosquitto import PATIENCE_S, Mosquitto, find_program
 from pulse import MICROPHONE, PulseServer, missing_parts
 
 from edge_asr.engine.build import build_engine
@@ -57,6 +60,27 @@ def broker(tmp_path: Path, mosquitto_installed: None) -> Iterator[Mosquitto]:
     server.start()
     yield server
     server.kill()
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Return what starts a daemon: `start(port, *arguments)`; at the end none is left."""
+    daemons: list[Daemon] = []
+    number = count()
+
+    def run(port: int, *arguments: str, **keys: Any) -> Daemon:
+        daemons.append(Daemon(tmp_path / f"daemon-{next(number)}.log", port, *arguments, **keys))
+        return daemons[-1]
+
+    yield run
+    for daemon in daemons:
+        daemon.process.kill()
+        daemon.process.wait(PATIENCE_S)
+        assert daemon.process.stdin is not None
+        try:
+            daemon.process.stdin.close()
+        except BrokenPipeError:
+            continue  # it had not read everything
 
 
 @pytest.fixture

@@ -7,22 +7,20 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timezone
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from bundled import BUNDLE, recording, sound_of, transcripts, write_wav
+from bundled import BUNDLE, recording, sound_of, write_wav
+from daemons import SENTENCES, TEXTS, Start, is_offline, is_ready, spoken, states, statuses, texts_on
 from mosquitto import PATIENCE_S, Door, Mosquitto, Subscriber, free_port, wait_for
 from prometheus_client import REGISTRY
 
-from edge_asr import app
+from edge_asr import app, ladder
 from edge_asr.config import Config, SegmentConfig
 from edge_asr.config_reader import load_config
 from edge_asr.errors import EdgeAsrError, EngineError
@@ -41,11 +39,7 @@ from edge_asr.types import (
     new_segment_id,
 )
 
-STOP_S = 2.0
-"""An idle daemon ends within this: a promise of the product."""
-TEXTS = transcripts()
 NAMES = list(TEXTS)
-SENTENCES = list(TEXTS.values())
 BASE = "edge_asr/hall"
 WIRE_KEYS = {
     *("schema", "id", "seq", "device", "source", "text", "text_itn", "text_raw", "language", "confidence", "start"),
@@ -57,82 +51,6 @@ STATE_KEYS = {
 }
 
 
-class Daemon:
-    """`edge-asr run`, with standard input held open until somebody closes it."""
-
-    def __init__(self, log: Path, port: int, *arguments: str, program: Sequence[str] = ("-m", "edge_asr")) -> None:
-        self._log = log
-        quick = [f"mqtt.port={port}", "device_id=hall", "mqtt.reconnect_min_s=0.05", "mqtt.reconnect_max_s=0.1"]
-        options = [part for option in quick for part in ("-o", option)]
-        command = [sys.executable, "-W", "error", *program, "run", *options, *arguments]
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("EDGE_ASR_")}
-        with log.open("wb") as output:
-            self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=output, stderr=output, env=environment
-            )
-
-    @property
-    def log(self) -> str:
-        """What it has written so far; no traceback, whatever happens."""
-        text = self._log.read_text(encoding="utf-8")
-        assert "Traceback" not in text, text
-        return text
-
-    @property
-    def complaints(self) -> list[str]:
-        """The lines that are meant for the user."""
-        return [line for line in self.log.splitlines() if line.startswith("edge-asr: ")]
-
-    def wait_for(self, pattern: str) -> None:
-        """Return when something in the log matches."""
-        wait_for(lambda: re.search(pattern, self.log) or self.process.poll() is not None, f"{pattern!r} in the log")
-        assert re.search(pattern, self.log), self.log
-
-    def hears(self, text: str) -> None:
-        """Speak a sentence into its standard input, and return when it has been recognised."""
-        assert self.process.stdin is not None
-        before = self.log.count(text)
-        self.process.stdin.write(spoken(text))
-        self.process.stdin.flush()
-        wait_for(lambda: self.log.count(text) > before, f"{text} in the log")
-
-    def end(self, timeout_s: float = PATIENCE_S) -> int:
-        """Return the exit code of a daemon that ends, or has been asked to."""
-        try:
-            return self.process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            pytest.fail(f"it does not end: {self.log}")
-
-    def stop(self, how: signal.Signals = signal.SIGTERM, timeout_s: float = STOP_S) -> int:
-        """Send a signal and return the exit code."""
-        self.process.send_signal(how)
-        return self.end(timeout_s)
-
-
-Start = Callable[..., Daemon]
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    """Return what starts a daemon: `start(port, *arguments)`; at the end none is left."""
-    daemons: list[Daemon] = []
-    number = count()
-
-    def run(port: int, *arguments: str, **keys: Any) -> Daemon:
-        daemons.append(Daemon(tmp_path / f"daemon-{next(number)}.log", port, *arguments, **keys))
-        return daemons[-1]
-
-    yield run
-    for daemon in daemons:
-        daemon.process.kill()
-        daemon.process.wait(PATIENCE_S)
-        assert daemon.process.stdin is not None
-        try:
-            daemon.process.stdin.close()
-        except BrokenPipeError:
-            continue  # it had not read everything
-
-
 @pytest.fixture
 def door(broker: Mosquitto) -> Iterator[Door]:
     """Yield an open door in front of the broker."""
@@ -142,37 +60,8 @@ def door(broker: Mosquitto) -> Iterator[Door]:
     door.shut()
 
 
-def spoken(text: str) -> bytes:
-    """Return a sample with a second of silence after it, as raw PCM."""
-    name = next(name for name, known in TEXTS.items() if known == text)
-    samples = np.concatenate([sound_of(name), np.zeros(SAMPLE_RATE, np.float32)])
-    return (samples * 32767).astype("<i2").tobytes()
-
-
 def played(*names: str) -> list[str]:
     return [part for name in names for part in ("--source", str(recording(name)))]
-
-
-def texts_on(subscriber: Subscriber, topic: str) -> list[str]:
-    return [message.json["text"] for message in subscriber.on(topic)]
-
-
-def statuses(subscriber: Subscriber) -> list[str]:
-    return [message.payload for message in subscriber.on("status")]
-
-
-def states(subscriber: Subscriber) -> list[str]:
-    """Return the states passed through: one that is published again counts once."""
-    found = [message.json["state"] for message in subscriber.on("state")]
-    return [state for k, state in enumerate(found) if k == 0 or found[k - 1] != state]
-
-
-def is_ready(subscriber: Subscriber) -> bool:
-    return states(subscriber)[-1:] == ["ready"]
-
-
-def is_offline(subscriber: Subscriber) -> bool:
-    return statuses(subscriber)[-1:] == ["offline"]
 
 
 def check_transcript(payload: dict[str, Any], began_at: datetime) -> None:
@@ -307,10 +196,10 @@ def test_a_daemon_that_is_still_loading_ends_within_two_seconds(broker: Mosquitt
 BUILDING = """
 import sys
 from pathlib import Path
-from edge_asr import cli, loader
+from edge_asr import child, cli
 
 pid = Path(sys.argv.pop(1))
-loader._command = lambda *given: ["sh", "-c", f"echo $$ > {pid}.new; mv {pid}.new {pid}; exec sleep 60"]
+child._command = lambda *given: ["sh", "-c", f"echo $$ > {pid}.new; mv {pid}.new {pid}; exec sleep 60"]
 cli.main()
 """
 
@@ -344,7 +233,7 @@ def test_a_daemon_that_plays_a_file_ends_within_two_seconds_too(broker: Mosquitt
 
 ENDLESS = """
 import sys
-from edge_asr import app, cli
+from edge_asr import app, cli, ladder
 
 class Endless:
     def __init__(self, recognizer):
@@ -355,8 +244,8 @@ class Endless:
         while True:
             self.recognizer.recognize(samples[:4000])
 
-load = app.load_recognizer
-app.load_recognizer = lambda *given: Endless(load(*given))
+load = ladder.load_recognizer
+ladder.load_recognizer = lambda *given: Endless(load(*given))
 cli.main()
 """
 
@@ -533,7 +422,7 @@ def recognizer(monkeypatch: pytest.MonkeyPatch) -> Callable[[Scripted], Scripted
     """Return what puts a recogniser in the place of the bundled one."""
 
     def use(scripted: Scripted) -> Scripted:
-        monkeypatch.setattr(app, "load_recognizer", lambda *given: scripted)
+        monkeypatch.setattr(ladder, "load_recognizer", lambda *given: scripted)
         return scripted
 
     return use

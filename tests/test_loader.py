@@ -25,9 +25,10 @@ from mosquitto import PATIENCE_S, wait_for
 
 from edge_asr import cli, loader
 from edge_asr.catalogue import CATALOGUE
+from edge_asr.child import EngineBuild
 from edge_asr.config import EngineConfig
 from edge_asr.errors import BundleError, EngineError
-from edge_asr.loader import EngineBuild, Recognizer, engine_folder, existing, load_engine, load_recognizer
+from edge_asr.loader import Recognizer, engine_folder, existing, load_engine, load_recognizer
 from edge_asr.recognizer.bundle import FP32, INT8, Bundle, read_bundle
 from edge_asr.recognizer.manifest import (
     FILE,
@@ -547,6 +548,13 @@ def test_where_no_engine_can_be_written_the_graph_runs_whole(
     assert "cannot write the engine there" in reason
 
 
+def test_with_strict_nothing_runs_whole(load: Load, state: Path, caplog: pytest.LogCaptureFixture) -> None:
+    state.write_text("in the way")
+    with pytest.raises(EngineError, match="cannot write the engine there"):
+        load(strict=True)
+    assert caplog.messages == []
+
+
 def test_without_onnx_the_graph_runs_whole(
     load: Load, tmp_path: Path, state: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -708,8 +716,8 @@ def test_after_a_cancel_no_child_is_started(folder: Path, state: Path, children:
 
 IN_PLACE = """
 import sys
-from edge_asr import cli, loader
-loader._command = lambda *given: ["sh", "-c", "echo $$ > pid.new; mv pid.new pid; exec sleep 60"]
+from edge_asr import child, cli
+child._command = lambda *given: ["sh", "-c", "echo $$ > pid.new; mv pid.new pid; exec sleep 60"]
 cli.main()
 """
 

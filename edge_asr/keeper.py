@@ -1,0 +1,193 @@
+"""The engine of the daemon: it serves with what there is, and changes to TensorRT's as soon as that is built."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from edge_asr import metrics
+from edge_asr.child import EngineBuild
+from edge_asr.config import EngineConfig
+from edge_asr.errors import BundleError, EngineError
+from edge_asr.ladder import Ladder, load_ladder, plan_folder, rungs_of
+from edge_asr.loader import existing
+from edge_asr.memory import available_bytes, lack
+from edge_asr.recognizer.bundle import CHECKPOINT, FP32, INT8, Bundle
+from edge_asr.recognizer.manifest import FILE, TENSORRT, read_manifest
+from edge_asr.recognizer.scheduler import Scheduler
+from edge_asr.recognizer.tensorrt_network import machine, unavailable
+
+log = logging.getLogger(__name__)
+
+POLL_S = 2.0
+"""So often the manifest is looked at, which somebody else may have written."""
+NICE = 19
+"""The build beside a microphone takes what is left of the processor."""
+SCARCE = 4
+"""With less free memory than so many times the weights, nothing is served while a plan is built: that takes three."""
+INT8_SHARE = 4
+"""fp32 weights take so many times the memory of int8 ones."""
+
+Stamp = tuple[int, int, int] | None
+
+
+class EngineKeeper:
+    """Loads the engine, tells which one it is, and looks after a better one."""
+
+    def __init__(
+        self, bundle: Bundle, config: EngineConfig, state_dir: Path, changed: Callable[[], None], poll_s: float = POLL_S
+    ) -> None:
+        """`changed` is called, on any thread, when `engine` or `why` has changed."""
+        self._bundle, self._config, self._state_dir = bundle, config, state_dir
+        self._changed = changed
+        self._poll_s = poll_s
+        self.scheduler = Scheduler(self._load)
+        self._build = EngineBuild(lambda: self._say("its engine is being built") if self._ladder is None else None)
+        self._plan_build = EngineBuild(lambda: self._say("its TensorRT engine is being built"), NICE)
+        self._ladder: Ladder | None = None
+        self._plan: Path | None = None
+        self._seen: Stamp = None
+        self._doing = self._failure = ""
+        self._watching: asyncio.Task[None] | None = None
+
+    @property
+    def engine(self) -> str | None:
+        """The engine that answers; None before it is loaded."""
+        return None if self._ladder is None else self._ladder.engine
+
+    @property
+    def why(self) -> str:
+        """Why it does not answer yet, or a lesser engine does than is wanted; empty where all is well."""
+        below = "" if self._ladder is None else self._ladder.why
+        return self._doing or (below and self._failure) or below
+
+    async def start(self) -> None:
+        """Load the engine, building it first where that must be. Raises BundleError or EngineError."""
+        await self.scheduler.start()
+        if self._plan is not None:
+            self._watching = asyncio.create_task(self._watch(self._plan), name="engine")
+
+    async def broken(self) -> None:
+        """Wait until nothing can be recognised any more, and the process must start anew: raise BrokenEngineError."""
+        await asyncio.wrap_future(self.scheduler.broken)
+
+    async def close(self, timeout_s: float) -> bool:
+        """End all builds, finish the request under way, release the engine. False: a thread was left behind."""
+        if self._watching is not None:
+            self._watching.cancel()
+        await asyncio.to_thread(self._plan_build.cancel)  # else it would go on beside that of the next start
+        if self._ladder is None:
+            await asyncio.to_thread(self._build.cancel)
+        ended = await self.scheduler.close(timeout_s)
+        await asyncio.to_thread(self._build.cancel)
+        return ended
+
+    def _load(self) -> Ladder:
+        """Load the engine, on the inference thread."""
+        self._plan = plan_folder(self._bundle, self._config, self._state_dir)
+        if self._plan is not None and self._is_lacking(self._plan) and self._cannot_wait():
+            self._build_plan(self._plan)
+        self._seen = None if self._plan is None else _stamp(self._plan)
+        ladder = load_ladder(self._bundle, self._config, self._state_dir, self._build, self._tell)
+        self._ladder, self._doing = ladder, ""
+        metrics.show_engine(ladder.engine)
+        return ladder
+
+    def _is_lacking(self, plan: Path) -> bool:
+        """Tell whether TensorRT's engine must be built, and can be: a configured folder is not ours to fill."""
+        if self._config.dir is not None or unavailable(self._config.gpu) is not None:
+            return False
+        return existing(self._bundle, plan, TENSORRT, self._config.gpu, self._config.tensorrt) is None
+
+    def _cannot_wait(self) -> bool:
+        """Tell whether nothing may, or can, be served while the plan is built."""
+        files = self._bundle.files
+        kind = next(kind for kind in (FP32, CHECKPOINT, INT8) if kind in files)
+        weights = files[kind].stat().st_size * (INT8_SHARE if kind == INT8 else 1)
+        return self._config.strict or available_bytes() < SCARCE * weights
+
+    def _build_plan(self, plan: Path) -> None:
+        """Build TensorRT's engine in a child. Raises EngineError where nothing less will do."""
+        log.info("building TensorRT's engine of %s, once for this machine, in %s", self._bundle.name, plan)
+        config = self._config.model_copy(update={"target": TENSORRT})
+        try:
+            self._plan_build.run(self._bundle, plan, config)
+        except EngineError as error:
+            if self._plan_build.cancelled or self._config.strict:
+                raise
+            self._failure = f"its TensorRT engine could not be built: {error}"
+            log.warning("%s: %s", self._bundle.name, self._failure)
+        finally:
+            self._doing = ""
+
+    async def _watch(self, plan: Path) -> None:
+        """Have the plan built where there is none, and use whatever is put in its place."""
+        if not self._failure and await asyncio.to_thread(self._is_lacking, plan):
+            await asyncio.to_thread(self._build_beside, plan)
+            self._tell()
+        while True:
+            if (stamp := _stamp(plan)) not in (self._seen, None):
+                self._seen = stamp
+                await self._swap()
+            await asyncio.sleep(self._poll_s)
+
+    def _build_beside(self, plan: Path) -> None:
+        try:
+            self._build_plan(plan)
+        except EngineError as error:
+            log.debug("%s", error)  # everything stops
+
+    async def _swap(self) -> None:
+        """Change to the plan, if it can be loaded beside what answers, and agrees with that."""
+        loaded: list[Ladder] = []
+        try:
+            await self.scheduler.swap(lambda: self._load_beside(loaded))
+        except (BundleError, EngineError) as error:
+            self._failure = f"its new TensorRT engine is not used: {error}"
+            log.warning("%s goes on: %s", self.engine, self._failure)
+        except Exception:  # a bug there must not end what serves well
+            log.exception("%s goes on, for its new TensorRT engine cannot be loaded", self.engine)
+        else:
+            self._ladder, self._failure = loaded[0], ""
+            log.info("%s answers from now on", self.engine)
+        self._tell()
+
+    def _load_beside(self, loaded: list[Ladder]) -> Ladder:
+        """Load the plan, on the thread `swap`, and note it in `loaded`. Raises EngineError."""
+        assert self._plan is not None
+        self._check_room(self._plan)
+        rungs = rungs_of(self._bundle, self._config, self._state_dir, self._build)
+        ladder = Ladder(rungs, self._config.strict, only_first=True, changed=self._tell)
+        loaded.append(ladder)
+        return ladder
+
+    def _check_room(self, plan: Path) -> None:
+        """Raise EngineError where the plan and what answers now do not fit into memory together."""
+        manifest = read_manifest(plan)
+        if manifest is None:
+            raise EngineError(f"{plan}: its manifest is gone")
+        facts = machine(self._config.gpu)
+        size = sum(record.size for record in manifest.files.values())
+        if why := lack(size, available_bytes(), None if facts.l4t else facts.free_bytes):
+            raise EngineError(
+                f"{plan}: there is no room for it beside {self.engine}: {why}; restart edge-asr to use it"
+            )
+
+    def _tell(self) -> None:
+        metrics.show_engine(self.engine or "")
+        self._changed()
+
+    def _say(self, doing: str) -> None:
+        self._doing = doing
+        self._changed()
+
+
+def _stamp(plan: Path) -> Stamp:
+    """Return what changes whenever a manifest is written anew; None where there is none."""
+    try:
+        status = (plan / FILE).stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_ino, status.st_size
