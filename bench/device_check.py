@@ -80,9 +80,9 @@ def _send(pipe: Connection, function: Callable[..., Any], arguments: tuple[Any, 
         pipe.send(type(error)(str(error)))
 
 
-def build_in_child(bundle: Bundle, target: str, folder: Path, threads: int) -> None:
+def build_in_child(bundle: Bundle, target: str, folder: Path, threads: int, gpu: int) -> None:
     """Build an engine, with a line for each step: it may take minutes."""
-    build_engine(bundle, target, folder, threads, lambda step, share: say(f"{share:4.0%} {step}"))
+    build_engine(bundle, target, folder, threads, lambda step, share: say(f"{share:4.0%} {step}"), gpu=gpu)
 
 
 def hear_in_child(bundle: Bundle, folder: Path, threads: int) -> list[Decoded]:

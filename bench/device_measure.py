@@ -179,12 +179,12 @@ class _Bench:
 
     def _built(self, target: str, folder: Path) -> tuple[Path, float | None]:
         """Return the folder of an engine that fits, and the seconds that its building took; None if it was there."""
-        if existing(self._task.bundle, folder, target) is not None:
+        if existing(self._task.bundle, folder, target, self._task.gpu) is not None:
             self._tick(f"{target} is there already")
             return folder, None
         self._tick(f"building {target}")
         started = time.perf_counter()
-        in_child(build_in_child, self._task.bundle, target, folder, self._task.threads)
+        in_child(build_in_child, self._task.bundle, target, folder, self._task.threads, self._task.gpu)
         return folder, round(time.perf_counter() - started, 1)
 
     def _halves(self) -> tuple[Path, Path]:

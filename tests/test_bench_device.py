@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 from bundled import BUNDLE, engine_of
+from plans import RELEASE, plan
+from tensorrt_fakes import fake_tensorrt
 
 from bench import device, device_check, device_measure, device_results, sensors
 from bench.device_machine import describe
@@ -102,6 +104,19 @@ def test_cuda_is_measured_with_and_without_graphs(
     assert result.check.same_sounds == result.check.sounds
     assert result.check.largest_difference is not None
     assert result.check.largest_difference < within
+
+
+@pytest.mark.usefixtures("no_children")
+def test_tensorrt_is_measured_with_every_switch(tmp_path: Path) -> None:
+    folder = plan()
+    with fake_tensorrt(RELEASE):
+        result = run(tmp_path / "r.json", "--engine", str(folder), "--target", "tensorrt-fp16", "--seconds", "0.9")
+    switches = [(each.batch, each.cuda_graphs, each.mapped_memory) for each in result.latency]
+    assert switches == [(1, False, False), (2, False, False), (1, True, False), (1, False, True), (1, True, True)]
+    assert (result.engine.name, result.engine.self_test, result.left_out) == ("tensorrt-fp16", "passed", [])
+    assert result.software["tensorrt"].startswith(RELEASE)
+    assert result.check is not None
+    assert result.check.same_tokens > 0.98 * result.check.tokens
 
 
 @pytest.mark.usefixtures("no_children")
