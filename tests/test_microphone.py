@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 from edge_asr.audio import microphone, portaudio
+from edge_asr.audio.messages import MessageReader, Report
 from edge_asr.audio.microphone import MicrophoneSource
 from edge_asr.errors import AudioError
 from edge_asr.types import CHUNK_S, CHUNK_SAMPLES, SAMPLE_RATE, Chunk
@@ -86,6 +88,14 @@ async def test_sound_comes_as_chunks_in_order_and_unchanged(plug: Plug) -> None:
     assert [value for chunk in got for value in numbers(chunk)] == list(range(21 * CHUNK_SAMPLES))
     steps = np.diff([chunk.captured_at for chunk in got])
     assert (steps >= 0).all()
+
+
+async def test_a_step_of_portaudios_clock_moves_no_time(plug: Plug) -> None:
+    plug(USB, clock_step_at=10)
+    async with aclosing(MicrophoneSource("usb mic").chunks()) as chunks:
+        got = await heard(chunks, lambda chunk: chunk.index == 20 * CHUNK_SAMPLES)
+    steps = np.diff([chunk.captured_at for chunk in got])
+    np.testing.assert_allclose(steps, CHUNK_S, atol=CHUNK_S / 2)
 
 
 async def test_a_device_that_refuses_our_rate_is_recorded_at_its_own(plug: Plug) -> None:
@@ -234,6 +244,14 @@ async def test_two_microphones_are_recorded_side_by_side(plug: Plug) -> None:
     async with aclosing(first.chunks()) as one, aclosing(second.chunks()) as other:
         for chunks in (one, other):
             assert numbers((await heard(chunks, is_sound))[-1]) == list(range(CHUNK_SAMPLES))
+
+
+def test_a_recorder_that_looks_in_vain_ends_before_what_portaudio_keeps_of_each_look_adds_up(plug: Plug) -> None:
+    command = portaudio.command("record", device="none", channel=None, rate=None, looks=2)
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as recorder:
+        assert recorder.stdout is not None
+        told = list(MessageReader().feed(recorder.stdout.read()))
+    assert [report.state for report in told if isinstance(report, Report)] == ["waiting", "waiting"]
 
 
 async def test_a_recorder_that_is_killed_is_replaced(plug: Plug) -> None:

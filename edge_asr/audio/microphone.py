@@ -242,7 +242,8 @@ class MicrophoneSource:
         complaint = self._timeline.levels.complaint
         if complaint and complaint != complained and not complained:
             log.warning("%s: %s", self.name, complaint)
-        self._change("capturing", "")
+        if self._state != "capturing" or complaint != complained:
+            self._change("capturing", "")
 
     def _lose(self, state: str, why: str) -> None:
         """Give up the recorder, and start another one soon."""

@@ -30,8 +30,12 @@ BLOCK_S = 0.032
 """What PortAudio hands over at a time: a chunk, where the device takes our rate."""
 RING_S = 4.0
 """Sound kept for a listener that is held up; beyond it the oldest is dropped and counted."""
-LOOK_EVERY_S = 2.0
-"""At most so long apart, and at least half of that, an absent device is looked for."""
+FIRST_LOOK_S, LAST_LOOK_S = 0.25, 2.0
+"""An absent device is looked for again after at most so long, and at least half of it; doubled from time to time."""
+LOOKS = 100
+"""So often one process looks, for each time PortAudio keeps 12 KB. Then it ends, and its listener starts another."""
+STEADY_S = 10.0
+"""After so long of recording a lost device is looked for at once."""
 OLDEST_S = 2.0
 """An ADC time further back than this, or less than a block back, is not believed."""
 MIXED_CHANNELS = 8
@@ -80,8 +84,11 @@ def tell_devices() -> None:
     os.write(output, json.dumps(told).encode())
 
 
-def record(device: str, channel: int | None, rate: int | None) -> None:
-    """Write reports and sound to standard output until standard input ends; never gives a device up. For a child."""
+def record(device: str, channel: int | None, rate: int | None, looks: int = LOOKS) -> None:
+    """Write reports and sound to standard output, until standard input ends or it has looked `looks` times in vain.
+
+    For a child.
+    """
     output = _private_output()
     # Whoever ends the listener's whole group must not end us first: that would look like a lost device.
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -92,11 +99,16 @@ def record(device: str, channel: int | None, rate: int | None) -> None:
     except AudioError as error:
         _write(output, pack_report(Report("failed", str(error))))
         return
+    wait_s = FIRST_LOOK_S
     try:
-        while True:
+        for _ in range(looks):
+            started_at = time.monotonic()
             why = _record_once(library, output, device, channel, rate)
             _write(output, pack_report(Report("waiting", why)))
-            time.sleep(LOOK_EVERY_S * random.uniform(0.5, 1))
+            if time.monotonic() - started_at > STEADY_S:
+                wait_s = FIRST_LOOK_S
+            time.sleep(wait_s * random.uniform(0.5, 1))
+            wait_s = min(2 * wait_s, LAST_LOOK_S)
             library._terminate()  # its list of devices is as old as its start
             library._initialize()
     except Exception as error:  # noqa: BLE001 - whatever ends this process must be told: nobody sees its traceback
@@ -191,8 +203,8 @@ def _pump(ring: BlockRing, output: int, block_bytes: int) -> None:
     while True:
         slot = ring.take(block, timeout=1.0)
         if slot is not None:
-            _write(output, pack_header(slot.size, slot.captured_at, slot.overflowed, slot.dropped))
-            _write(output, view[: slot.size])
+            header = pack_header(slot.size, slot.captured_at, slot.overflowed, slot.dropped)
+            _write(output, header, view[: slot.size])
         elif ring.closed:
             return
 
@@ -204,12 +216,16 @@ def _private_output() -> int:
     return output
 
 
-def _write(output: int, data: Buffer) -> None:
-    """Write all of it; end the process where nobody reads any more."""
-    left = memoryview(data)
+def _write(output: int, *parts: Buffer) -> None:
+    """Write all of it, waking the reader once if it can; end the process where nobody reads any more."""
+    left = [memoryview(part) for part in parts]
     try:
         while left:
-            left = left[os.write(output, left) :]
+            written = os.writev(output, left)
+            while left and written >= len(left[0]):
+                written -= len(left.pop(0))
+            if left:
+                left[0] = left[0][written:]
     except BrokenPipeError:
         os._exit(0)
 
