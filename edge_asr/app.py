@@ -222,10 +222,10 @@ class Daemon:
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _stop_engine(self) -> None:
-        loaded = self._keeper.engine is not None
-        self.abandoned_inference = not await self._keeper.close(self._drain_left_s() if loaded else 0)
+        loading = self._keeper.scheduler.loading
+        self.abandoned_inference = not await self._keeper.close(0 if loading else self._drain_left_s())
         if self.abandoned_inference:
-            what = "the inference under way takes too long and" if loaded else "the loading of the model"
+            what = "the loading of the model" if loading else "the inference under way takes too long and"
             log.warning("%s is abandoned", what)
 
     async def _drained(self) -> None:

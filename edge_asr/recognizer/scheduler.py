@@ -70,6 +70,11 @@ class Scheduler:
         """Raises BrokenEngineError from when on nothing can be recognised any more, until the process starts anew."""
         self.broken.set_running_or_notify_cancel()  # whoever waits for it cannot cancel it
 
+    @property
+    def loading(self) -> bool:
+        """True while the first model is being loaded."""
+        return self._thread.ident is not None and not self._loaded.done()
+
     async def start(self) -> None:
         """Load the model. Raises BundleError or EngineError."""
         self._thread.start()
