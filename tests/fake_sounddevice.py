@@ -1,8 +1,8 @@
 """Stands in for sounddevice in a recording process: devices and faults that no machine has at will.
 
 The file that FAKE_SOUNDDEVICE names is read whenever devices are listed, and holds JSON: `devices` (a list of what
-query_devices gives), `refused_rates`, `refused` (an error), `hang_after` and `end_after` (blocks), `overflow_at` and
-`clock_step_at` (a block), `slow` (a factor), `value` (of all samples).
+query_devices gives), `refused_rates`, `refused` (an error), `hang_after` and `end_after` (blocks), `overflow_at` (a
+block), `slow` (a factor), `value` (of all samples), `adc_age_s` (how long ago it says a block began).
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ class RawInputStream:
             if self._stopped.wait(max(0.0, started + (number + 1) * step - time.monotonic())):
                 return
             status = SimpleNamespace(input_overflow=number == self._settings.get("overflow_at"))
-            step_s = 5 * 3600 if number == self._settings.get("clock_step_at") else 0
-            times = SimpleNamespace(currentTime=7e9 + step_s, inputBufferAdcTime=7e9 - 0.05)
+            age_s = self._settings.get("adc_age_s", 0.05)
+            times = SimpleNamespace(currentTime=7e9, inputBufferAdcTime=7e9 - age_s)
             self._callback(self._block(number), self._frames, times, status)
             number += 1
         self._finished()

@@ -66,5 +66,4 @@ class SampleClock:
             first, second = np.triu_indices(len(at), 1)
             self._slope = float(np.median((offsets[second] - offsets[first]) / (at[second] - at[first])))
             self._known = True
-        recent = slice(-MIN_POINTS, None)
-        self._base = (middle, float(np.median(offsets[recent] - self._slope * (at[recent] - middle))))
+        self._base = (middle, float(np.median(offsets - self._slope * (at - middle))))

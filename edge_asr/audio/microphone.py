@@ -115,7 +115,8 @@ class MicrophoneSource:
         self._loop = asyncio.get_running_loop()
         expected, lost = 0, False
         try:
-            self._tick()
+            if not self._closed:
+                self._tick()
             while not self._closed:
                 while self._queue and not self._closed:
                     chunk = self._queue.popleft()
@@ -171,7 +172,6 @@ class MicrophoneSource:
         """Look after the recorder, four times a second."""
         assert self._loop is not None
         now = self._clock()
-        held_up = now - self._ticked_at > STALL_S / 2
         self._ticked_at = now
         self._timer = self._loop.call_later(TICK_S, self._tick)
         if self._muted or self._failure is not None:
@@ -179,7 +179,7 @@ class MicrophoneSource:
         if self._recorder is None:
             if now >= self._retry_at:
                 self._start_recorder(now)
-        elif not held_up and (why := self._stalled(now)):  # held up ourselves, we do not know whether it was
+        elif why := self._stalled(now):
             self._lose("stalled", why)
         elif self._sounding_since is not None and now - self._sounding_since >= STEADY_S:
             self._told_lost = self._told_back = False
