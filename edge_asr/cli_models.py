@@ -13,14 +13,16 @@ from typing import Any
 
 from edge_asr.audio.decode import read
 from edge_asr.catalogue import BUNDLED, CATALOGUE, HUGGING_FACE, Entry, Source
-from edge_asr.config import Config, models_dir, pulled_last
+from edge_asr.config import Config, EngineConfig, models_dir, pulled_last
 from edge_asr.errors import BundleError, ConfigError, EdgeAsrError, EngineError
-from edge_asr.loader import Recognizer, engine_folder, existing, load_engine, load_whole
+from edge_asr.loader import Recognizer, engine_folder, existing, load_engine, load_whole, processor_target
 from edge_asr.models.download import fetch
 from edge_asr.models.progress import Progress, megabytes, shown
 from edge_asr.models.store import Fetch, Store, copy, difference, find_in, recordings
-from edge_asr.recognizer.bundle import Bundle, read_bundle
+from edge_asr.recognizer.bundle import FP32, Bundle, read_bundle
+from edge_asr.recognizer.manifest import ONNX, TENSORRT
 from edge_asr.recognizer.model_config import ModelConfig
+from edge_asr.recognizer.onnx_network import ONNX_CUDA
 
 
 def show_list(config: Config, json_lines: bool) -> None:
@@ -56,7 +58,7 @@ def verify(config: Config, names: Sequence[str], json_lines: bool) -> EdgeAsrErr
         error: EdgeAsrError | None = None
         try:
             store.verify(entry)
-            _verify_engine(config, entry, store.folder_of(entry))
+            _verify_engines(config, entry, store.folder_of(entry))
         except EdgeAsrError as caught:
             error = caught
         failed = failed or error
@@ -65,9 +67,9 @@ def verify(config: Config, names: Sequence[str], json_lines: bool) -> EdgeAsrErr
 
 
 def remove(config: Config, name: str) -> None:
-    """Delete a pulled model, and the engine that was built of it. Raises EdgeAsrError."""
+    """Delete a pulled model, and the engines that were built of it. Raises EdgeAsrError."""
     entry, store = _entry(name), _store(config)
-    store.remove(entry, _engine_of(entry, store, config.state_dir))
+    store.remove(entry, _engines_of(entry, store, config.state_dir))
     print(f"{name}: removed")
 
 
@@ -88,27 +90,32 @@ def _texts(recognizer: Recognizer, sounds: Sequence[Path]) -> list[str]:
         recognizer.close()
 
 
-def _verify_engine(config: Config, entry: Entry, folder: Path) -> None:
-    """Raise EngineError where the engine of the model in `folder` does not give its published texts.
+def _verify_engines(config: Config, entry: Entry, folder: Path) -> None:
+    """Raise EngineError where an engine of the model in `folder` does not give its published texts.
 
-    It is what `run` and `transcribe` use. Where there is none that fits, they would build one; this does not.
+    They are what `run` and `transcribe` use. Where there is none that fits, they would build one; this does not.
     """
-    bundle = read_bundle(folder)
-    place = config.engine.dir or engine_folder(bundle, config.state_dir)
-    if existing(bundle, place, config.engine.target) is None:
-        return
+    bundle, engine = read_bundle(folder), config.engine
+    targets = {ONNX: processor_target(engine), TENSORRT: TENSORRT, ONNX_CUDA: FP32}
+    places = {engine_folder(bundle, config.state_dir, key): target for key, target in targets.items()}
+    for place, target in places.items() if engine.dir is None else [(engine.dir, engine.target)]:
+        if existing(bundle, place, target, engine.gpu, engine.tensorrt) is not None:
+            _verify_engine(entry, bundle, place, engine.model_copy(update={"target": target}))
+
+
+def _verify_engine(entry: Entry, bundle: Bundle, place: Path, config: EngineConfig) -> None:
     try:
-        wrong = difference(entry, _texts(load_engine(bundle, place, config.engine), recordings(entry, folder)))
+        wrong = difference(entry, _texts(load_engine(bundle, place, config), recordings(entry, bundle.folder)))
     except (BundleError, EngineError) as error:
         wrong = str(error)
     if wrong:
         raise EngineError(f"{place}: the engine: {wrong}; run: edge-asr build-engine --model {entry.name}")
 
 
-def _engine_of(entry: Entry, store: Store, state_dir: Path) -> Path:
-    """Return where the engine of a model lies, whatever is left of the model: what is damaged is removed, too."""
+def _engines_of(entry: Entry, store: Store, state_dir: Path) -> list[Path]:
+    """Return where the engines of a model lie, whatever is left of the model: what is damaged is removed, too."""
     bundle = Bundle(entry.name, store.folder_of(entry), {}, ModelConfig(), (), None, {})
-    return engine_folder(bundle, state_dir)
+    return [engine_folder(bundle, state_dir, target) for target in (ONNX, TENSORRT, ONNX_CUDA)]
 
 
 def _entry(name: str) -> Entry:

@@ -296,6 +296,16 @@ def test_verify_tries_the_engine_as_well(server: ModelServer, run: Run, state: P
     assert run("models", "verify", NAME, "-o", "engine.target=onnx-fp32").code == 0
 
 
+def test_verify_tries_the_engine_for_a_gpu_as_well(server: ModelServer, run: Run, state: Path) -> None:
+    run("models", "pull", NAME, "-y")
+    assert run("build-engine", "--model", NAME, "--target", "onnx-fp32").code == 0
+    [built] = (state / "engines").iterdir()
+    engine = built.rename(built.with_name(f"{built.name}-onnx-cuda"))
+    assert run("models", "verify", NAME).code == 0
+    spoil(engine, "0.0001")
+    assert f"{NAME}: {engine}: the engine: " in run("models", "verify", NAME).err
+
+
 def test_verify_tries_the_engine_that_is_configured(server: ModelServer, run: Run, state: Path, tmp_path: Path) -> None:
     run("models", "pull", NAME, "-y")
     place = tmp_path / "engine"
@@ -305,10 +315,12 @@ def test_verify_tries_the_engine_that_is_configured(server: ModelServer, run: Ru
     assert f"{NAME}: {place}: the engine: " in run("models", "verify", NAME, "-o", f"engine.dir={place}").err
 
 
-def test_a_removed_model_takes_its_engine_along(server: ModelServer, run: Run, state: Path) -> None:
+def test_a_removed_model_takes_its_engines_along(server: ModelServer, run: Run, state: Path) -> None:
     run("models", "pull", NAME, "-y")
     assert run("build-engine", "--model", NAME, "--target", "onnx-int8").code == 0
-    assert len(list((state / "engines").iterdir())) == 1
+    [engine] = (state / "engines").iterdir()
+    for target in ("tensorrt-fp16", "onnx-cuda"):
+        engine.with_name(f"{engine.name}-{target}").mkdir()
     other = state / "engines" / f"{NAME}-00000000"
     other.mkdir()
     (state / "models" / NAME / "tokens.json").write_bytes(b"damaged")

@@ -17,6 +17,7 @@ from edge_asr.errors import EngineError
 from edge_asr.memory import available_bytes
 from edge_asr.recognizer.cuda import Gpu
 from edge_asr.recognizer.tensorrt_network import GpuFacts, machine
+from edge_asr.recognizer.tensorrt_plan import tensorrt_log
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +81,8 @@ def _build(
 ) -> None:
     import tensorrt as trt
 
-    logger = _logger(trt)
+    logger = tensorrt_log()
+    logger.errors.clear()
     builder = trt.Builder(logger)
     network = builder.create_network(_network_flags(trt))
     parser = trt.OnnxParser(network, logger)
@@ -204,22 +206,6 @@ def _complaint(error: Any, graph: onnx.GraphProto) -> str:
     known = 0 <= number < len(graph.node)
     node = f"{graph.node[number].op_type} {graph.node[number].name}: " if known else ""
     return node + _one_line(error.desc())
-
-
-def _logger(trt: Any) -> Any:
-    """Return what TensorRT logs to; `errors` are all of them, the last one last."""
-
-    class Logger(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, msg: str) -> None:
-            if severity in (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR):
-                self.errors.append(msg)
-            log.debug("%s", msg)
-
-    return Logger()
 
 
 class Phases:

@@ -68,17 +68,18 @@ class Store:
         except (BundleError, AudioError) as error:
             raise BundleError(f"{error}; {remedy}") from error
 
-    def remove(self, entry: Entry, engine: Path) -> None:
-        """Delete a model, what there is of it, and the folder of its engine.
+    def remove(self, entry: Entry, engines: Sequence[Path]) -> None:
+        """Delete a model, what there is of it, and the folders of its engines.
 
         Raises ConfigError for the bundled one, or where there is nothing, EdgeAsrError where it cannot be deleted.
         """
         if entry is BUNDLED:
             raise ConfigError(f"{entry.name} is the bundled model and stays; remove a pulled one")
-        if not self.is_here(entry) and not self.is_begun(entry) and not engine.is_dir():
+        built = [engine for engine in engines if engine.is_dir()]
+        if not self.is_here(entry) and not self.is_begun(entry) and not built:
             raise ConfigError(f"{entry.name} is not here, so there is nothing to remove; see: edge-asr models list")
         with self._locked(entry):
-            if engine.is_dir():  # before the model: what is interrupted here can be asked for again
+            for engine in built:  # before the model: what is interrupted here can be asked for again
                 _delete(engine)
             if pulled_last(self._folder) == entry.name:
                 (self._folder / PULLED_LAST).unlink()
