@@ -15,13 +15,13 @@ from typing import Annotated, NoReturn
 import typer
 
 from edge_asr import __version__
-from edge_asr.config import Config
+from edge_asr.config import Config, MicrophoneSourceConfig
 from edge_asr.config_reader import load_config, show_config
 from edge_asr.errors import ConfigError, EdgeAsrError
 
 PROGRAM = "edge-asr"
 ANY_MODEL = "."
-"""What `models` commands take for `model`: the configured one may be what is to be pulled, and not be here yet."""
+"""What `models` and `devices` take for `model`: the configured one may be what is to be pulled, and not be here yet."""
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 app = typer.Typer(
@@ -141,15 +141,18 @@ def transcribe(
 def run(
     source: Annotated[
         list[str] | None,
-        typer.Option("--source", metavar="stdin|FILE", help="Listen to this instead of the configured sources."),
+        typer.Option(
+            "--source",
+            metavar="microphone[:DEVICE]|stdin|FILE",
+            help="Listen to this instead of the configured sources; repeatable.",
+        ),
     ] = None,
     model: ModelOption = None,
     config: ConfigOption = None,
     override: OverrideOption = None,
 ) -> None:
     """Listen, recognise and publish until told to stop, or until the last file has been played."""
-    entries = [{"kind": "stdin"} if name == "stdin" else {"kind": "file", "path": name} for name in source or ()]
-    settings = read_config(config, override, model, entries)
+    settings = read_config(config, override, model, [_source_entry(name) for name in source or ()])
     import asyncio
 
     from edge_asr import logs
@@ -157,6 +160,14 @@ def run(
 
     logs.set_up(settings.log.level)
     asyncio.run(run_daemon(settings))
+
+
+def _source_entry(name: str) -> dict[str, str]:
+    """Return the entry of `sources` that `--source NAME` stands for; a file of such a name is `./microphone`."""
+    kind, colon, device = name.partition(":")
+    if kind == "microphone":
+        return {"kind": kind, "device": device} if colon else {"kind": kind}
+    return {"kind": "stdin"} if name == "stdin" else {"kind": "file", "path": name}
 
 
 @app.command()
@@ -175,23 +186,31 @@ def demo(
 @app.command()
 def devices(
     device: Annotated[
-        str,
-        typer.Argument(metavar="[DEVICE]", help="What --meter listens to: a name, a part of one, or a stable name."),
-    ] = "default",
+        str | None,
+        typer.Argument(
+            metavar="[DEVICE]",
+            help="What --meter listens to: a name, a part of one, or a stable name; the first microphone of the"
+            " configuration if not given, else the default one.",
+        ),
+    ] = None,
     meter: Annotated[bool, typer.Option("--meter", help="Show how loud the device is, until Ctrl-C.")] = False,
     channel: Annotated[
         int | None, typer.Option("--channel", min=0, help="Which channel, from 0; the mean of all if not given.")
     ] = None,
     seconds: Annotated[float | None, typer.Option("--seconds", min=0, help="End the meter after so long.")] = None,
     json_lines: Annotated[bool, typer.Option("--json", help="Print a device, or a level, a line, as JSON.")] = False,
+    config: ConfigOption = None,
+    override: OverrideOption = None,
 ) -> None:
-    """List the microphones there are, or show the level of one."""
+    """List the microphones there are and which are configured, or show the level of one."""
+    settings = read_config(config, override, ANY_MODEL)
     from edge_asr import cli_devices
 
+    microphones = [entry for entry in settings.sources if isinstance(entry, MicrophoneSourceConfig)]
     if meter:
-        cli_devices.show_meter(device, channel, seconds, json_lines)
+        cli_devices.show_meter(cli_devices.metered(microphones, device, channel), seconds, json_lines)
     else:
-        cli_devices.show_list(json_lines)
+        cli_devices.show_list(microphones, json_lines)
 
 
 @app.command("build-engine")

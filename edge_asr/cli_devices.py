@@ -7,7 +7,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 
 import numpy as np
@@ -16,9 +16,11 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from edge_asr.audio.devices import InputDevice
+from edge_asr.audio.devices import InputDevice, choose
 from edge_asr.audio.microphone import MicrophoneSource
 from edge_asr.audio.portaudio import input_devices
+from edge_asr.config import MicrophoneSourceConfig
+from edge_asr.errors import AudioError
 from edge_asr.types import Samples
 
 FLOOR_DBFS = -120.0
@@ -29,32 +31,64 @@ METER_EVERY_S = 0.1
 FIELDS = ("name", "host_api", "channels", "rate", "stable_id", "paths", "is_default")
 
 
-def show_list(json_lines: bool) -> None:
-    """Print the devices there are to record from. Raises AudioError."""
+def show_list(microphones: Sequence[MicrophoneSourceConfig], json_lines: bool) -> None:
+    """Print the devices there are to record from, with the configured sources that mean them. Raises AudioError."""
     devices = input_devices()
+    sources, problems = _sources_by_device(devices, microphones)
     if json_lines:
         for device in devices:
-            print(json.dumps({name: getattr(device, name) for name in FIELDS}, ensure_ascii=False))
-    elif devices:
-        Console(soft_wrap=True).print(_table(devices))
+            fields = {name: getattr(device, name) for name in FIELDS}
+            print(json.dumps({**fields, "sources": sources.get(device.index, [])}, ensure_ascii=False))
+        return
+    if devices:
+        Console(soft_wrap=True).print(_table(devices, sources))
         print("\n*: the default. In the configuration, `device` is a name, a part of one, or a stable name.")
     else:
         print("no input device; plug one in")
+    for problem in problems if devices else ():
+        print(problem)
 
 
-def show_meter(device: str, channel: int | None, seconds: float | None, json_lines: bool) -> None:
+def metered(
+    microphones: Sequence[MicrophoneSourceConfig], device: str | None, channel: int | None
+) -> MicrophoneSourceConfig:
+    """Return what the meter listens to: the device that is named, else the first configured one, else the default."""
+    if device is not None:
+        found = MicrophoneSourceConfig.model_construct(device=device)  # not checked: what is not found is told
+    else:
+        found = microphones[0] if microphones else MicrophoneSourceConfig()
+    return found if channel is None else found.model_copy(update={"channel": channel})
+
+
+def show_meter(microphone: MicrophoneSourceConfig, seconds: float | None, json_lines: bool) -> None:
     """Show how loud a device is, until Ctrl-C or for some seconds. Raises AudioError."""
-    source = MicrophoneSource(device, channel)
+    source = MicrophoneSource(microphone.device, microphone.channel, microphone.rate, microphone.source_name)
     asyncio.run(_print_levels(source, seconds) if json_lines else _draw_levels(source, seconds))
 
 
-def _table(devices: list[InputDevice]) -> Table:
+def _sources_by_device(
+    devices: Sequence[InputDevice], microphones: Sequence[MicrophoneSourceConfig]
+) -> tuple[dict[int, list[str]], list[str]]:
+    """Return the names of the sources that mean each device, by its index, and why others mean none."""
+    found: dict[int, list[str]] = {}
+    problems = []
+    for microphone in microphones:
+        try:
+            found.setdefault(choose(devices, microphone.device).index, []).append(microphone.source_name)
+        except AudioError as error:
+            problems.append(str(error))
+    return found, problems
+
+
+def _table(devices: Sequence[InputDevice], sources: Mapping[int, Sequence[str]]) -> Table:
     table = Table(box=None, pad_edge=False)
-    for title in ("", "name", "host API", "channels", "rate", "stable name"):
+    for title in ("", "name", "host API", "channels", "rate", "stable name", *(["source"] if sources else [])):
         table.add_column(title, no_wrap=True)
     for device in devices:
         stable = ", ".join(filter(None, (device.stable_id, *device.paths)))
-        cells = (device.name, device.host_api, str(device.channels), f"{device.rate} Hz", stable)
+        cells = [device.name, device.host_api, str(device.channels), f"{device.rate} Hz", stable]
+        if sources:
+            cells.append(", ".join(sources.get(device.index, [])))
         table.add_row("*" if device.is_default else "", *map(Text, cells))
     return table
 

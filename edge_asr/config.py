@@ -31,6 +31,8 @@ MAX_MQTT_BYTES = 65_535
 """The longest string that MQTT carries."""
 UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ufdd0-\ufdef\ufffe\uffff]")
 """Control characters and those that are none: a broker may hang up when it meets one."""
+NUMBERED = re.compile(r"\s*(?:(?:plug)?hw:(?:CARD=)?)?\d+\s*(?:,.*)?$")
+"""A device by the number that PortAudio or ALSA has given it for now."""
 
 
 def _expand(path: Path) -> Path:
@@ -112,6 +114,15 @@ def _web_address(value: str) -> str:
     if not re.fullmatch(r"https?://[^\s/?#]+[^\s?#]*", value):
         raise ValueError("should be an address such as https://nas.local/models")
     return value.rstrip("/")
+
+
+def _device(value: Any) -> Any:
+    if (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, str) and NUMBERED.match(value)):
+        raise ValueError(
+            "the numbers of devices change when one is plugged in; give a name, or a stable name that edge-asr devices"
+            " lists"
+        )
+    return value
 
 
 def _number(value: Any) -> Any:
@@ -239,6 +250,25 @@ class StdinSourceConfig(Section):
     """What transcripts call the source; null: its kind."""
 
 
+class MicrophoneSourceConfig(Section):
+    """A microphone as a source; it may come and go."""
+
+    kind: Literal["microphone"] = "microphone"
+    device: Annotated[str, BeforeValidator(_device)] = Field(default="default", min_length=1)
+    """A name or a part of one, ALSA's `hw:CARD=<id>,DEV=0`, a link below /dev/snd, or `default`."""
+    channel: Integer | None = Field(default=None, ge=0, le=63)
+    """Which channel, from 0; null: the mean of all."""
+    rate: Integer | None = Field(default=None, ge=8_000, le=192_000)
+    """Samples per second to open the device at; null: 16,000, or the native rate where it refuses those."""
+    name: str | None = Field(default=None, min_length=1)
+    """What transcripts call the source; null: its kind and device."""
+
+    @property
+    def source_name(self) -> str:
+        """What transcripts call it."""
+        return self.name or f"{self.kind}:{self.device}"
+
+
 def _kind(source: Any) -> str:
     """Return the kind that decides which keys a source has; one that names none is a file."""
     kind = source.get("kind") if isinstance(source, dict) else getattr(source, "kind", None)
@@ -246,8 +276,14 @@ def _kind(source: Any) -> str:
 
 
 SourceConfig = Annotated[
-    Annotated[FileSourceConfig, Tag("file")] | Annotated[StdinSourceConfig, Tag("stdin")], Discriminator(_kind)
+    Annotated[FileSourceConfig, Tag("file")]
+    | Annotated[StdinSourceConfig, Tag("stdin")]
+    | Annotated[MicrophoneSourceConfig, Tag("microphone")],
+    Discriminator(_kind),
 ]
+SOURCE_KINDS: dict[str, type[Section]] = {
+    "file": FileSourceConfig, "stdin": StdinSourceConfig, "microphone": MicrophoneSourceConfig,
+}  # fmt: skip
 
 
 class SegmentConfig(Section):

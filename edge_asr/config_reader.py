@@ -16,7 +16,7 @@ from pydantic import SecretStr, ValidationError
 from pydantic_core import ErrorDetails
 
 from edge_asr.catalogue import CATALOGUE
-from edge_asr.config import Config, FileSourceConfig, Section, StdinSourceConfig
+from edge_asr.config import SOURCE_KINDS, Config, FileSourceConfig, Section
 from edge_asr.errors import ConfigError
 
 ENV_PREFIX = "EDGE_ASR_"
@@ -179,12 +179,17 @@ class _Draft:
 def _clashes(sources: Any) -> Iterator[str]:
     """Yield what is wrong between sources that may be wrong themselves; a validator would see right ones only."""
     entries = [entry for entry in sources if isinstance(entry, dict)] if isinstance(sources, list) else []
-    names = [entry.get("name") for entry in entries]
+    names = [entry.get("name") or _microphone_name(entry) for entry in entries]
     twice = sorted({name for name in names if isinstance(name, str) and names.count(name) > 1})
     if twice:
         yield f"two sources are named {', '.join(map(_shown, twice))}; give each its own name"
     if sum(entry.get("kind") == "stdin" for entry in entries) > 1:
         yield "standard input can be a source only once; remove the others"
+
+
+def _microphone_name(entry: dict[str, Any]) -> str | None:
+    """Return what a microphone without a name is called; two channels of one device would be called the same."""
+    return f"microphone:{entry.get('device') or 'default'}" if entry.get("kind") == "microphone" else None
 
 
 def _line(origin: str, text: str) -> str:
@@ -293,7 +298,7 @@ def _known_keys(key: Key, kind: object) -> list[str]:
     if len(key) == 1:
         return list(Config.model_fields)
     if key[0] == "sources":
-        return list((StdinSourceConfig if kind == "stdin" else FileSourceConfig).model_fields)
+        return list(SOURCE_KINDS.get(str(kind), FileSourceConfig).model_fields)
     models = [found for found in _flatten(Config.model_fields[str(key[0])].annotation) if issubclass(found, Section)]
     return [name for model in models for name in model.model_fields]
 
@@ -317,9 +322,7 @@ def _explain_unknown(key: Key, details: ErrorDetails) -> str:
 
 
 def _explain_kind(key: Key, kind: str) -> str:
-    if kind == "microphone":
-        return f"{_dotted(key)}.kind: 'microphone' is not part of this release; use 'file' or 'stdin'"
-    return f"{_dotted(key)}.kind: should be 'file' or 'stdin'; got {_shown(kind)}"
+    return f"{_dotted(key)}.kind: should be {' or '.join(map(repr, SOURCE_KINDS))}; got {_shown(kind)}"
 
 
 def _complaint(key: Key, details: ErrorDetails) -> str:

@@ -15,7 +15,7 @@ import yaml
 from bundled import recording, transcripts
 
 from edge_asr import __version__, cli
-from edge_asr.config import Config, FileSourceConfig, StdinSourceConfig
+from edge_asr.config import Config, FileSourceConfig, MicrophoneSourceConfig, StdinSourceConfig
 from edge_asr.errors import BundleError, EdgeAsrError
 
 WITHOUT_A_MODEL = """
@@ -186,6 +186,28 @@ def test_a_source_may_have_any_name(name: str, monkeypatch: pytest.MonkeyPatch) 
     assert exit_code(arguments) == 0
     assert taken[0].sources == (FileSourceConfig(path=Path(name), realtime=False), StdinSourceConfig())
     assert taken[0].model == Path(name)
+
+
+def test_a_source_may_be_a_microphone(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[Config] = []
+
+    async def run_daemon(config: Config) -> None:
+        taken.append(config)
+
+    monkeypatch.setattr("edge_asr.app.run_daemon", run_daemon)
+    monkeypatch.setattr("edge_asr.logs.set_up", lambda level: None)
+    names = ["microphone", "microphone:USB: Audio", "./microphone"]
+    assert exit_code(["run", *(part for name in names for part in ("--source", name))]) == 0
+    assert taken[0].sources == (
+        MicrophoneSourceConfig(),
+        MicrophoneSourceConfig(device="USB: Audio"),
+        FileSourceConfig(path=Path("microphone")),
+    )
+
+
+def test_a_source_is_no_microphone_without_a_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(["run", "--source", "microphone:"]) == 2
+    assert "--source: sources.0.device: should have at least 1 character" in capsys.readouterr().err
 
 
 def test_warnings_of_transcribe_are_log_lines_of_the_level_asked_for(tmp_path: Path) -> None:

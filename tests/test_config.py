@@ -15,8 +15,10 @@ from pydantic import SecretStr, ValidationError
 from edge_asr import config as config_module
 from edge_asr.config import (
     BUNDLED_MODEL,
+    SOURCE_KINDS,
     Config,
     FileSourceConfig,
+    MicrophoneSourceConfig,
     Section,
     StdinSourceConfig,
 )
@@ -81,11 +83,10 @@ def test_the_example_sources_in_config_yaml_name_every_key_of_a_source() -> None
     example = re.search(r"^#   sources:\n(#     .*\n)+", text, re.MULTILINE)
     assert example
     data = yaml.safe_load(re.sub(r"^#   ", "", example[0], flags=re.MULTILINE))
-    by_kind: dict[str, type[Section]] = {"file": FileSourceConfig, "stdin": StdinSourceConfig}
     assert {source["kind"]: set(source) for source in data["sources"]} == {
-        kind: set(model.model_fields) for kind, model in by_kind.items()
+        kind: set(model.model_fields) for kind, model in SOURCE_KINDS.items()
     }
-    assert len(Config.model_validate(data).sources) == 2
+    assert len(Config.model_validate(data).sources) == 3
 
 
 def test_every_path_key_is_known_to_be_relative_to_the_file() -> None:
@@ -220,8 +221,17 @@ def test_a_missing_or_binary_file_is_explained_in_one_line(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("sources", "message"),
     [
-        ("[{kind: microphone}]", "sources.0.kind: 'microphone' is not part of this release; use 'file' or 'stdin'"),
-        ("[{kind: tape}]", "sources.0.kind: should be 'file' or 'stdin'; got 'tape'"),
+        ("[{kind: tape}]", "sources.0.kind: should be 'file' or 'stdin' or 'microphone'; got 'tape'"),
+        (
+            "[{kind: microphone, path: a.wav}]",
+            "sources.0.path: unknown key; known here: kind, device, channel, rate, name",
+        ),
+        ("[{kind: microphone, channel: 64}]", "sources.0.channel: should be less than or equal to 63; got 64"),
+        ("[{kind: microphone, rate: 7999}]", "sources.0.rate: should be greater than or equal to 8000; got 7999"),
+        (
+            "[{kind: microphone}, {kind: microphone, device: default, channel: 1}]",
+            "two sources are named 'microphone:default'; give each its own name",
+        ),
         ("[{realtime: true}]", "sources.0.path: is required; set it"),
         ("[{path: a.wav, device: x}]", "sources.0.device: unknown key; known here: kind, path, realtime, name"),
         ("[{kind: file}]", "sources.0.path: is required; set it"),
@@ -339,6 +349,22 @@ def test_a_key_of_thousands_of_parts_is_explained() -> None:
 def test_a_wrong_key_is_not_blamed_twice() -> None:
     assert len(problems(None, ("mqtt.username=[", "mqtt.username=x", "mqtt.reconnect_min_s=x"))) == 1
     assert len(problems(None, ("mqtt.reconnect_min_s=40", "mqtt.reconnect_max_s=9999"))) == 1
+
+
+@pytest.mark.parametrize("device", ["1", "'1'", "' 0 '", "hw:1", "'hw:1,0'", "plughw:0", "'hw:CARD=1,DEV=0'"])
+def test_a_microphone_is_not_named_by_a_number(device: str) -> None:
+    (problem,) = problems(None, (f"sources=[{{kind: microphone, device: {device}}}]",))
+    assert "sources.0.device: the numbers of devices change when one is plugged in; give a name" in problem
+
+
+def test_a_microphone_is_named_by_what_stays() -> None:
+    stable = ["default", "USB PnP Sound", "hw:CARD=Device,DEV=0", "/dev/snd/by-id/usb-1", "3M microphone"]
+    given = [{"kind": "microphone", "device": device} for device in stable]
+    sources = load_config(None, [], {}, sources=given).sources
+    assert sources == tuple(MicrophoneSourceConfig(device=device) for device in stable)
+    assert [source.source_name for source in sources if isinstance(source, MicrophoneSourceConfig)] == [
+        f"microphone:{device}" for device in stable
+    ]
 
 
 def test_a_source_without_a_kind_is_a_file() -> None:

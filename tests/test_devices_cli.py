@@ -54,9 +54,26 @@ def test_devices_are_listed_as_json() -> None:
     assert code == 0
     assert found[0] == {
         "name": "USB Mic: Audio", "host_api": "ALSA", "channels": 1, "rate": 44_100, "stable_id": None, "paths": [],
-        "is_default": True,
+        "is_default": True, "sources": [],
     }  # fmt: skip
     assert [device["name"] for device in found] == ["USB Mic: Audio", "pulse"]
+
+
+def test_devices_that_are_configured_are_marked_with_their_source() -> None:
+    configured = "sources=[{kind: microphone, device: usb, name: hall}, {kind: microphone, device: gone}]"
+    code, output, errors = devices("-o", configured)
+    assert (code, errors) == (0, "")
+    assert [line.split()[-1] for line in output.splitlines()[:3]] == ["source", "hall", "Hz"]
+    assert output.splitlines()[-1].startswith("microphone gone: not found; there is 'USB Mic: Audio', 'pulse'")
+    _, lines, _ = devices("--json", "-o", configured)
+    assert [json.loads(line)["sources"] for line in lines.splitlines()] == [["hall"], []]
+
+
+def test_the_meter_listens_to_the_configured_microphone() -> None:
+    configured = ("-o", "sources=[{kind: microphone, device: gone}]")
+    for asked, state in (((), "waiting"), (("usb",), "capturing")):
+        code, output, _ = devices(*asked, "--meter", "--json", "--seconds", "1.5", *configured)
+        assert (code, json.loads(output.splitlines()[-1])["state"]) == (0, state)
 
 
 def test_without_devices_the_remedy_is_to_plug_one_in(plug: Plug) -> None:
