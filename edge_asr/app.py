@@ -14,17 +14,15 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 from edge_asr import __version__, metrics
-from edge_asr.audio.file import FileSource
-from edge_asr.audio.source import AudioSource
-from edge_asr.audio.stdin import StdinSource
 from edge_asr.budget import LatencyBudget, RecentResponses
-from edge_asr.config import Config, FileSourceConfig, GatesConfig, SegmentConfig, SourceConfig
+from edge_asr.config import Config, GatesConfig, SegmentConfig
 from edge_asr.errors import EdgeAsrError
 from edge_asr.keeper import EngineKeeper
 from edge_asr.ladder import load_ladder
 from edge_asr.pipeline import Gates, Labels, Listener, TranscriptSink
 from edge_asr.publish.mqtt import MqttPublisher
 from edge_asr.recognizer.bundle import Bundle, read_bundle
+from edge_asr.sources import WatchedSource
 from edge_asr.speech.segmenter import ENDPOINTS, Rules, Segmenter
 from edge_asr.speech.vad import SileroDetector
 from edge_asr.transcribe import transcribe
@@ -70,18 +68,6 @@ def transcribe_files(config: Config, paths: Sequence[str]) -> Iterator[tuple[str
         recognizer.close()
 
 
-def make_source(config: SourceConfig) -> AudioSource:
-    """Return the source that an entry of `sources` asks for."""
-    if isinstance(config, FileSourceConfig):
-        return FileSource(config.path, config.name, config.realtime)
-    return StdinSource(name=config.name or "stdin")
-
-
-def is_live(config: SourceConfig) -> bool:
-    """True where chunks come at the pace of time."""
-    return config.realtime if isinstance(config, FileSourceConfig) else True
-
-
 class Daemon:
     """The always-on service: `async with Daemon(config).running() as daemon: await daemon.finished()`."""
 
@@ -95,7 +81,7 @@ class Daemon:
         self._publisher = (
             MqttPublisher(config.mqtt, config.device_id, finish=self._settle) if config.mqtt.enabled else None
         )
-        self._health: list[dict[str, str]] = []
+        self._sources: list[WatchedSource] = []
         self._failures: list[EdgeAsrError] = []
         self._listeners: list[Listener] = []
         self._tasks: list[asyncio.Task[None]] = []
@@ -177,38 +163,37 @@ class Daemon:
 
     def _start_listeners(self) -> None:
         for config in self._config.sources:
-            source = make_source(config)
-            listener = self._make_listener(source, is_live(config))
-            health = {"name": source.name, "health": "listening"}
-            self._health.append(health)
+            source = WatchedSource(config, self._publish_state)
+            listener = self._make_listener(source)
+            self._sources.append(source)
             self._listeners.append(listener)
-            self._tasks.append(asyncio.create_task(self._listen(listener, health), name=f"listen {source.name}"))
-        names = ", ".join(health["name"] for health in self._health)
+            self._tasks.append(asyncio.create_task(self._listen(listener, source), name=f"listen {source.name}"))
+        names = ", ".join(source.name for source in self._sources)
         log.info("listening to %s", names or "nothing: no sources are configured")
         self._publish_state()
 
-    def _make_listener(self, source: AudioSource, live: bool) -> Listener:
+    def _make_listener(self, source: WatchedSource) -> Listener:
         sinks: list[TranscriptSink] = [] if self._publisher is None else [self._publisher]
         return Listener(
-            source,
+            source.audio,
             SileroDetector(),
             Segmenter(segment_rules(self._config.segment)),
             self._keeper.scheduler,
             sinks,
             Labels(self._config.device_id, source.name, self._bundle.name),
             choose_gates(self._config.gates, self._bundle),
-            live,
+            source.live,
         )
 
-    async def _listen(self, listener: Listener, health: dict[str, str]) -> None:
+    async def _listen(self, listener: Listener, source: WatchedSource) -> None:
         """Run one listener; its failure is its own."""
         try:
             await listener.run()
-            health["health"] = "ended"
+            source.end()
         except EdgeAsrError as error:
-            log.error("%s failed: %s", health["name"], error)
+            log.error("%s failed: %s", source.name, error)
             self._failures.append(error)
-            health["health"] = "failed"
+            source.end(error)
         self._publish_state()
 
     async def _stop_listeners(self) -> None:
@@ -285,6 +270,8 @@ class Daemon:
         """Publish the state now and then: its counters move without anybody saying so."""
         while True:
             await asyncio.sleep(STATE_EVERY_S)
+            for source in self._sources:
+                source.count()
             self._publish_state()
 
     def _publish_state(self) -> None:
@@ -296,7 +283,7 @@ class Daemon:
             "why": why,
             "engine": self._keeper.engine,
             "model": self._bundle.name,
-            "sources": self._health,
+            "sources": [source.describe() for source in self._sources],
             "mute": False,
             "preset": self._config.segment.preset,
             "listen": "always",
@@ -315,8 +302,8 @@ class Daemon:
         """Return the state and why it is so: an engine that is not the wanted one answers all the same."""
         if self._keeper.engine is None:
             return "starting", self._keeper.why or "the model is loading"
-        failed = [health["name"] for health in self._health if health["health"] == "failed"]
-        return ("degraded", f"failed: {', '.join(failed)}") if failed else ("ready", self._keeper.why)
+        troubles = "; ".join(filter(None, (source.trouble for source in self._sources)))
+        return ("degraded", troubles) if troubles else ("ready", self._keeper.why)
 
 
 async def run_daemon(config: Config) -> None:

@@ -11,6 +11,7 @@ SEGMENTS = Counter("edge_asr_segments", "Segments cut out of the sources.")
 TRANSCRIPTS = Counter("edge_asr_transcripts", "Transcripts offered to the sinks.")
 GATED = Counter("edge_asr_gated", "Segments not published, by the gate that dropped them.", ["gate"])
 FAILED = Counter("edge_asr_failed", "Segments lost because the engine failed on them.")
+CUT_SHORT = Counter("edge_asr_cut_short", "Segments dropped because sound was missing in the middle of them.")
 LATE = Counter("edge_asr_late", "Transcripts published later than the budget allows.")
 DECODED_AT_PAUSE = Counter("edge_asr_decoded_at_pause", "Transcripts whose decoding began before their segment ended.")
 DROPPED_SAID = Counter("edge_asr_dropped_said", "Transcripts not published for acting: broker away, or too old.")
@@ -25,6 +26,21 @@ ENGINE = Gauge("edge_asr_engine", "1 for the engine that answers, 0 for the othe
 STEPS_DOWN = Counter("edge_asr_engine_steps_down", "Engines left for a lesser one, by the engine.", ["engine"])
 DECODED_AGAIN = Counter("edge_asr_decoded_again", "Segments that an engine failed on and a lesser one decoded.")
 ENGINES = ("tensorrt-fp16", "onnx-cuda", "onnx-fp32", "onnx-int8")
+
+_SOURCE = ["source"]
+MICROPHONE_UP = Gauge("edge_asr_microphone_up", "1 while sound comes from a microphone, else 0.", _SOURCE)
+MICROPHONE_GAPS = Counter("edge_asr_microphone_gaps", "Gaps in the sound of a microphone that have ended.", _SOURCE)
+MICROPHONE_LOST = Counter("edge_asr_microphone_lost_seconds", "Sound that is missing in those gaps.", _SOURCE)
+MICROPHONE_OVERRUNS = Counter("edge_asr_microphone_overruns", "Times that a device was not read in time.", _SOURCE)
+MICROPHONE_DROPPED = Counter(
+    "edge_asr_microphone_dropped_chunks", "Chunks dropped because the recogniser fell behind for too long.", _SOURCE
+)
+MICROPHONE_DRIFT = Gauge("edge_asr_microphone_drift_ppm", "How much slow a clock is, NaN until that is known.", _SOURCE)
+MICROPHONE_CLIPPED = Gauge("edge_asr_microphone_clipped_ratio", "Share of samples at full scale, of 10 s.", _SOURCE)
+MICROPHONE = (
+    *(MICROPHONE_UP, MICROPHONE_GAPS, MICROPHONE_LOST, MICROPHONE_OVERRUNS, MICROPHONE_DROPPED, MICROPHONE_DRIFT),
+    MICROPHONE_CLIPPED,
+)
 
 for _gate in ("empty", "confidence", "speech_ratio", "rate"):
     GATED.labels(_gate)

@@ -38,7 +38,10 @@ from edge_asr.types import (
 log = logging.getLogger(__name__)
 
 PENDING_LIMIT = 4
-"""Ended segments of one source that wait for their recognition; then the source waits. A file or a pipe can."""
+"""Ended segments of one source that wait for their recognition; then the source waits.
+
+A file or a pipe can. A microphone keeps 60 s meanwhile, then drops the oldest and yields a chunk that is `lost`.
+"""
 
 
 class TranscriptSink(Protocol):
@@ -138,6 +141,9 @@ class Listener:
         answering = asyncio.create_task(self._answer(), name=f"answer {self._source.name}")
         try:
             async for chunk in self._source.chunks():
+                if chunk.lost:
+                    await self._interrupt()
+                    continue
                 self._recording.append(chunk)
                 for event in self._segmenter.step(self._detector(chunk)):
                     await self._handle(event)
@@ -153,6 +159,19 @@ class Listener:
         """End the source; `run` then completes what has been said and returns. What is still being said is dropped."""
         self._stopping = True
         self._source.close()
+
+    async def _interrupt(self) -> None:
+        """Sound is missing from here on. What has paused is whole; half a command must not be acted on."""
+        if self._segmenter.paused:
+            for event in self._segmenter.finish():
+                await self._handle(event)
+        elif self._id is not None:
+            metrics.CUT_SHORT.inc()
+            log.warning("%s: sound is missing in the middle of a segment, which is dropped", self._labels.source)
+            self._id = None
+        self._segmenter.cut()
+        self._detector.reset()
+        self._recording.forget(self._segmenter.earliest_needed)
 
     async def _finish(self) -> None:
         """End the segment that is open. Half a command must not be acted on: 调到二十 may have become 二十六."""

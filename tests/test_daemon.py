@@ -125,7 +125,7 @@ def test_state_names_model_engine_and_the_health_of_every_source(broker: Mosquit
         first, last = subscriber.on("state")[0].json, subscriber.on("state")[-1].json
         assert (first["state"], first["sources"]) == ("starting", [])
         assert (last["model"], last["engine"], last["preset"]) == (BUNDLE.name, "onnx-fp32", "default")
-        assert last["sources"] == [{"name": f"file:{recording(NAMES[0])}", "health": "ended"}]
+        assert last["sources"] == [{"name": f"file:{recording(NAMES[0])}", "health": "ended", "why": ""}]
         assert first["budget"] == {"response_ms": 300, "count": 0, "late": 0, "p50": None, "p95": None, "p99": None}
         [said] = subscriber.on("said")
         response = said.json["latency_ms"]["response"]
@@ -359,7 +359,9 @@ def test_a_missing_file_leaves_the_other_source_alone_and_is_reported(
         subscriber.wait_for(is_offline, "offline")
         assert texts_on(subscriber, "said") == texts_on(subscriber, "transcript") == [TEXTS[NAMES[0]]]
         state = subscriber.on("state")[-1].json
-        assert (state["state"], state["why"]) == ("degraded", f"failed: file:{missing}")
+        why = f"{missing}: no such file; check the path"
+        assert (state["state"], state["why"]) == ("degraded", f"file:{missing} failed: {why}")
+        assert [source["why"] for source in state["sources"]] == [why, ""]
         assert [source["health"] for source in state["sources"]] == ["failed", "ended"]
     assert daemon.complaints == [f"edge-asr: {missing}: no such file; check the path"]
 

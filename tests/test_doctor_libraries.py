@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from machines import (
     patient,
 )
 
+from edge_asr.config import MicrophoneSourceConfig
 from edge_asr.doctor import libraries
 from edge_asr.doctor.children import Answer, ask
 from edge_asr.doctor.examination import CHECKS, examine
@@ -180,6 +182,22 @@ def test_a_microphone_that_is_not_there_is_a_warning(tmp_path: Path, answer: Ans
     finding = libraries.microphone(patient(tmp_path, SERVER, {"sounddevice": answer}))
     assert finding.status == "warn"
     assert said in str(finding.remedy)
+
+
+@pytest.mark.parametrize(
+    ("answer", "status"),
+    [
+        (Answer(error="No module named 'sounddevice'", missing="sounddevice"), "fail"),
+        (Answer(error="OSError: PortAudio library not found"), "fail"),
+        (Answer({"inputs": []}), "warn"),
+    ],
+)
+def test_a_configured_microphone_needs_its_library_but_may_be_plugged_in_later(
+    tmp_path: Path, answer: Answer, status: str
+) -> None:
+    plain = patient(tmp_path, SERVER, {"sounddevice": answer})
+    listening = plain.settings.model_copy(update={"sources": (MicrophoneSourceConfig(),)})
+    assert libraries.microphone(dataclasses.replace(plain, config=listening)).status == status
 
 
 @pytest.fixture

@@ -39,6 +39,7 @@ LAYERS = {
     "ladder": 3,
     "keeper": 3,
     "serve": 4,
+    "sources": 5,
     "app": 5,
     "demo": 5,
     "doctor": 5,
@@ -61,6 +62,7 @@ ALSO_ALLOWED = {
     ("keeper", "child"),
     ("keeper", "loader"),
     ("keeper", "ladder"),
+    ("app", "sources"),
     ("demo", "app"),
     ("cli_doctor", "doctor"),
 }

@@ -7,25 +7,32 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import Future
 
 import numpy as np
-from bundled import chunks_of
+import pytest
+from prometheus_client import REGISTRY
 
 from edge_asr.errors import EngineError
 from edge_asr.pipeline import Gates, Labels, Listener
 from edge_asr.recognizer.scheduler import Scheduler
 from edge_asr.speech.segmenter import POST_ROLL, Rules, Segmenter
-from edge_asr.types import CHUNK_SAMPLES, Chunk, Recognition, Samples, Token, Transcript
+from edge_asr.types import CHUNK_S, CHUNK_SAMPLES, SAMPLE_RATE, Chunk, Recognition, Samples, Token, Transcript
 
-SPEECH, SILENCE = "x", "."
+SPEECH, SILENCE, LOST = "x", ".", "!"
+GAP = 100
+"""Chunks that are missing where there is a `!`, itself counted: 3.2 s."""
 
 
 class Fed:
-    """A source whose chunks come when the test says so; a chunk's samples tell whether it is speech."""
+    """A source whose chunks come when the test says so; a chunk's samples tell whether it is speech, or lost."""
 
     name = "fed"
 
     def __init__(self, pattern: str, then_wait: bool = False) -> None:
-        samples = np.repeat([1.0 if mark == SPEECH else 0.0 for mark in pattern], CHUNK_SAMPLES)
-        self._chunks = list(chunks_of(samples.astype(np.float32)))
+        self._chunks = []
+        index = 0
+        for mark in pattern:
+            samples = np.full(CHUNK_SAMPLES, float(mark == SPEECH), np.float32)
+            self._chunks.append(Chunk(samples, index, index / SAMPLE_RATE, mark == LOST))
+            index += CHUNK_SAMPLES * (GAP if mark == LOST else 1)
         self._then_wait = then_wait
         self.taken = asyncio.Event()
         self._closed = asyncio.Event()
@@ -39,6 +46,22 @@ class Fed:
 
     def close(self) -> None:
         self._closed.set()
+
+
+class ByLevel:
+    """A detector that notes how many chunks it had heard whenever it was reset."""
+
+    def __init__(self) -> None:
+        self.heard = 0
+        self.resets: list[int] = []
+
+    def __call__(self, chunk: Chunk) -> float:
+        assert not chunk.lost
+        self.heard += 1
+        return float(chunk.samples[0])
+
+    def reset(self) -> None:
+        self.resets.append(self.heard)
 
 
 class Counting:
@@ -77,15 +100,19 @@ class Collector:
         self.transcripts.append(transcript)
 
 
-async def hear(source: Fed, scheduler: CountingScheduler, live: bool = True, stop: bool = False) -> list[Transcript]:
+async def hear(
+    source: Fed,
+    scheduler: CountingScheduler,
+    live: bool = True,
+    stop: bool = False,
+    detector: ByLevel | None = None,
+) -> list[Transcript]:
     """Return what a listener offers of a source, which is stopped once its chunks are taken."""
     sink = Collector()
     rules = Rules(endpoint=5, pre_roll=2, min_speech=2)
     await scheduler.start()
     labels = Labels("test", "fed", "counting")
-    listener = Listener(
-        source, lambda chunk: float(chunk.samples[0]), Segmenter(rules), scheduler, [sink], labels, Gates(), live
-    )
+    listener = Listener(source, detector or ByLevel(), Segmenter(rules), scheduler, [sink], labels, Gates(), live)
     running = asyncio.create_task(listener.run())
     if stop:
         await source.taken.wait()
@@ -138,3 +165,53 @@ async def test_the_end_of_a_source_ends_its_sentence() -> None:
 async def test_a_sentence_that_the_engine_fails_on_does_not_end_the_listening() -> None:
     heard = await hear(Fed("...xxxx......xxxxx......"), CountingScheduler(failing=[True, False]))
     assert [transcript.text for transcript in heard] == [str(2 + 5 + POST_ROLL)]
+
+
+def cut_short() -> float:
+    return REGISTRY.get_sample_value("edge_asr_cut_short_total") or 0.0
+
+
+async def test_a_sentence_that_has_paused_before_a_gap_is_whole_and_was_decoded_at_its_pause() -> None:
+    scheduler, before = CountingScheduler(), cut_short()
+    (transcript,) = await hear(Fed("...xxxxxx...!..."), scheduler)
+    assert (transcript.text, transcript.decoded_at_pause) == ("11", True)
+    assert scheduler.asked == [11]
+    assert cut_short() == before
+
+
+@pytest.mark.parametrize("silence", ["", ".", ".."])
+async def test_a_sentence_that_a_gap_cuts_off_is_dropped_and_counted(silence: str) -> None:
+    scheduler, before = CountingScheduler(), cut_short()
+    assert await hear(Fed(f"...xxxxxx{silence}!........"), scheduler) == []
+    assert scheduler.asked == []
+    assert cut_short() == before + 1
+
+
+async def test_a_sentence_that_goes_on_after_a_pause_is_dropped_where_a_gap_cuts_it_off() -> None:
+    assert await hear(Fed("...xxxxxx...xx!......"), CountingScheduler()) == []
+
+
+async def test_what_is_said_after_a_gap_is_heard_without_what_was_before() -> None:
+    detector = ByLevel()
+    heard = await hear(Fed("...xxxx!xxxxxx......xx!....xxxx......"), CountingScheduler(), detector=detector)
+    assert [transcript.text for transcript in heard] == [str(6 + POST_ROLL), str(2 + 4 + POST_ROLL)]
+    assert detector.resets == [7, 7 + 12 + 2]
+
+
+async def test_a_gap_in_silence_changes_nothing_but_the_times() -> None:
+    before = cut_short()
+    heard = await hear(Fed("...xxxxxx......" + "!" + "...xxxxxx......"), CountingScheduler())
+    assert [transcript.text for transcript in heard] == ["11", "11"]
+    starts = [1, 15 + GAP + 1]  # the pre-roll is two chunks
+    assert [transcript.offset_s for transcript in heard] == [pytest.approx(start * CHUNK_S) for start in starts]
+    marks = [transcript.marks for transcript in heard]
+    ends = [(start + 2 + 6) * CHUNK_S for start in starts]
+    assert [mark.speech_ended_at for mark in marks if mark] == [pytest.approx(end, abs=0.011) for end in ends]
+    began = [transcript.started_at or 0.0 for transcript in heard]
+    assert began[1] - began[0] == pytest.approx((15 + GAP) * CHUNK_S, abs=0.05)
+    assert cut_short() == before
+
+
+async def test_stopping_after_a_gap_publishes_what_had_paused_before() -> None:
+    heard = await hear(Fed("...xxxxxx...!..xxx", then_wait=True), CountingScheduler(), stop=True)
+    assert [transcript.text for transcript in heard] == ["11"]

@@ -5,6 +5,7 @@ In a sequence `S` is a chunk of speech, `~` one that is speech only while speech
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from itertools import groupby, pairwise
 
@@ -260,6 +261,16 @@ def segments_of(seen: Iterable[tuple[int, Event]]) -> list[Ended | Split]:
     return [event for _, event in seen if isinstance(event, Ended | Split)]
 
 
+def moved(event: Event, by: int) -> Event:
+    match event:
+        case Resumed():
+            return event
+        case Started(start):
+            return Started(start + by)
+        case _:
+            return dataclasses.replace(event, start=event.start + by, end=event.end + by)
+
+
 @PROPERTY
 @given(RUNS, any_rules())
 def test_segments_are_in_order_do_not_overlap_and_keep_to_the_longest(
@@ -286,6 +297,24 @@ def test_all_speech_that_is_long_enough_is_inside_a_segment(runs: list[tuple[flo
         run_of_chunks = list(run)
         if speech and len(run_of_chunks) >= given_rules.min_speech:
             assert inside.issuperset(run_of_chunks)
+
+
+@PROPERTY
+@given(RUNS, RUNS, any_rules())
+def test_after_a_cut_a_segmenter_is_as_a_new_one(
+    before: list[tuple[float, int]], after: list[tuple[float, int]], given_rules: Rules
+) -> None:
+    segmenter = Segmenter(given_rules)
+    for probability in chunks_of(before):
+        list(segmenter.step(probability))
+    segmenter.cut()
+    assert not segmenter.paused
+    assert segmenter.earliest_needed == len(chunks_of(before))
+    seen = [(chunk, event) for chunk, p in enumerate(chunks_of(after)) for event in segmenter.step(p)]
+    seen += [(len(chunks_of(after)), event) for event in segmenter.finish()]
+    assert [(chunk, moved(event, -len(chunks_of(before)))) for chunk, event in seen] == events(
+        chunks_of(after), given_rules, finish=True
+    )
 
 
 @PROPERTY

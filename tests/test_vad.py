@@ -69,6 +69,15 @@ def test_the_state_of_the_stream_is_carried_on() -> None:
     assert abs(following(chunks[spoken]) - fresh(chunks[spoken])) > 1e-3
 
 
+def test_after_a_reset_a_stream_is_heard_as_a_new_one() -> None:
+    chunks = list(chunks_of(sound_of("01.wav")))
+    detector = SileroDetector()
+    for chunk in chunks[: len(chunks) // 2]:
+        detector(chunk)
+    detector.reset()
+    assert [detector(chunk) for chunk in chunks] == probabilities(sound_of("01.wav"))
+
+
 def test_detectors_do_not_disturb_each_other() -> None:
     first, second = SileroDetector(), SileroDetector()
     speech, silence = sound_of("02.wav"), noise(10, 1e-3)

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from importlib.metadata import distributions
 from pathlib import Path
 
+from edge_asr.config import MicrophoneSourceConfig
 from edge_asr.doctor.patient import Patient
-from edge_asr.doctor.report import Finding, fail, lacking, ok, warn
+from edge_asr.doctor.report import Finding, Status, fail, lacking, ok, warn
 from edge_asr.doctor.tree import Tree
 
 TENSORRT_RELEASES = ((8, 5), (10, 3), (10, 13), (10, 16), (11, 4))
@@ -171,13 +172,16 @@ def onnxruntime_cuda(patient: Patient) -> Finding:
 
 
 def microphone(patient: Patient) -> Finding:
-    """Return the devices that PortAudio can record from."""
+    """Return the devices that PortAudio can record from; one that is configured may be plugged in later."""
     answer = patient.answer("sounddevice")
+    sources = () if patient.config is None else patient.config.sources
+    need: Status = "fail" if any(isinstance(source, MicrophoneSourceConfig) for source in sources) else "warn"
     if answer.missing == "sounddevice":
-        return warn("sounddevice is not installed; files and standard input work", "pip install 'edge-asr[microphone]'")
+        remedy = "pip install 'edge-asr[microphone]'"
+        return lacking(need, "sounddevice is not installed; files and standard input work", remedy)
     if answer.error is not None:
         remedy = "sudo apt install libportaudio2" if "PortAudio library" in answer.error else "see sound_nodes"
-        return warn(f"sounddevice cannot be loaded: {answer.error}", remedy)
+        return lacking(need, f"sounddevice cannot be loaded: {answer.error}", remedy)
     inputs = answer.facts["inputs"]
     if not inputs:
         remedy = "plug in a microphone, and see sound_nodes; files and standard input work without"

@@ -115,6 +115,12 @@ class Segmenter:
         if self._start is not None:
             yield self._end(min(self._last_speech + 1 + POST_ROLL, self._count))
 
+    def cut(self) -> None:
+        """Sound is missing before the next chunk: forget the segment that is open, and reach back no further."""
+        self._floor = self._count
+        self._start, self._run, self._paused = None, 0, False
+        self._history.clear()
+
     def _wait(self, chunk: int, probability: float, speech: bool) -> Iterator[Event]:
         """Start once enough chunks in a row are speech."""
         self._run = self._run + 1 if speech else 0

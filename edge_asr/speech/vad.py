@@ -21,6 +21,9 @@ class SpeechDetector(Protocol):
     def __call__(self, chunk: Chunk) -> float:
         """Return the probability, 0 to 1, that the chunk holds speech."""
 
+    def reset(self) -> None:
+        """Forget what has been heard: the next chunk does not follow the last one."""
+
 
 class SileroDetector:
     """Silero VAD v6 for 16 kHz (MIT, snakers4/silero-vad), one thread; see SpeechDetector.
@@ -49,3 +52,8 @@ class SileroDetector:
             None, {"input": self._input, "state": self._state, "sr": self._rate}
         )
         return float(probability[0, 0])
+
+    def reset(self) -> None:
+        """Begin a stream anew."""
+        self._input[:] = 0
+        self._state = np.zeros_like(self._state)
