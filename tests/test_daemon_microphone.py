@@ -1,0 +1,187 @@
+"""The daemon on a real microphone, the monitor of a private PulseAudio, from the sound to a real Mosquitto."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from bundled import recording, sound_of, write_wav
+from daemons import SENTENCES, TEXTS, Daemon, Start, is_offline, is_ready, states, texts_on
+from mosquitto import Mosquitto, Subscriber, wait_for
+from pulse import MICROPHONE, PulseServer
+
+from edge_asr.types import SAMPLE_RATE
+
+NAMES = list(TEXTS)
+SOURCE = f"microphone:{MICROPHONE}"
+ROUND_S = 90.0
+"""How long a round of all recordings may take."""
+
+
+def silence(seconds: float) -> np.ndarray[Any, np.dtype[np.float32]]:
+    return np.zeros(round(seconds * SAMPLE_RATE), np.float32)
+
+
+def spoken(path: Path, names: Sequence[str], pauses_s: Sequence[float] = (1.0,)) -> Path:
+    """Write sentences with pauses after each: PulseAudio may swallow the first milliseconds, so one goes before."""
+    parts = [silence(0.5)]
+    for k, name in enumerate(names):
+        parts += [sound_of(name), silence(pauses_s[k % len(pauses_s)])]
+    return write_wav(path, np.concatenate(parts))
+
+
+def speak(server: PulseServer, path: Path, sink: str = MICROPHONE) -> None:
+    """Play a file to its end."""
+    with server.play(path, sink) as player:
+        assert player.wait(ROUND_S) == 0
+
+
+def health(subscriber: Subscriber, source: str = SOURCE) -> tuple[str, str]:
+    """Return health and why of a source in the newest state."""
+    found = [entry for entry in subscriber.on("state")[-1].json["sources"] if entry["name"] == source]
+    return (found[0]["health"], found[0]["why"]) if found else ("", "")
+
+
+def is_heard(source: str = SOURCE) -> Callable[[Subscriber], bool]:
+    return lambda subscriber: is_ready(subscriber) and health(subscriber, source)[0] == "listening"
+
+
+def children(daemon: Daemon) -> list[int]:
+    """Return the processes that a daemon has started."""
+    tasks = Path(f"/proc/{daemon.process.pid}/task").glob("*/children")
+    return [int(child) for task in tasks for child in task.read_text().split()]
+
+
+def ends_and_leaves_nothing(daemon: Daemon, server: PulseServer) -> None:
+    """Stop a daemon that has microphones open."""
+    started = children(daemon)
+    assert started
+    assert daemon.stop() == 0
+    assert daemon.complaints == []
+    assert [child for child in started if Path(f"/proc/{child}").exists()] == []
+    wait_for(lambda: server.recordings() == 0, "nothing records")
+
+
+def test_a_sentence_spoken_into_a_microphone_arrives_and_nothing_is_left_behind(
+    broker: Mosquitto, start: Start, pulse_server: PulseServer, tmp_path: Path
+) -> None:
+    path = spoken(tmp_path / "one.wav", NAMES[:1])
+    with Subscriber(broker.port) as subscriber:
+        daemon = start(broker.port, "--source", SOURCE)
+        subscriber.wait_for(is_heard(), "the microphone is heard")
+        speak(pulse_server, path)
+        subscriber.wait_for(lambda s: s.on("said") and s.on("transcript"), "the sentence")
+        ends_and_leaves_nothing(daemon, pulse_server)
+        subscriber.wait_for(is_offline, "offline")
+        assert texts_on(subscriber, "said") == texts_on(subscriber, "transcript") == SENTENCES[:1]
+        said = subscriber.on("said")[0].json
+        assert (said["source"], said["decoded_at_pause"], said["replayed"]) == (SOURCE, True, False)
+        assert states(subscriber) == ["starting", "ready"]
+
+
+@pytest.mark.slow
+def test_all_sentences_spoken_with_pauses_arrive_whole_and_in_order(
+    broker: Mosquitto, start: Start, pulse_server: PulseServer, tmp_path: Path
+) -> None:
+    path = spoken(tmp_path / "all.wav", NAMES, pauses_s=(0.8, 0.5, 3.0, 1.5))
+    with Subscriber(broker.port) as subscriber:
+        daemon = start(broker.port, "--source", SOURCE)
+        subscriber.wait_for(is_heard(), "the microphone is heard")
+        speak(pulse_server, path)
+        subscriber.wait_for(lambda s: len(s.on("transcript")) == len(NAMES), "all sentences")
+        ends_and_leaves_nothing(daemon, pulse_server)
+        subscriber.wait_for(is_offline, "offline")
+        assert texts_on(subscriber, "said") == texts_on(subscriber, "transcript") == SENTENCES
+        offsets = [message.json["offset_s"] for message in subscriber.on("transcript")]
+        assert offsets == sorted(offsets)
+
+
+@pytest.mark.slow
+def test_a_microphone_that_is_unplugged_degrades_the_state_and_is_heard_again_when_it_is_back(
+    broker: Mosquitto, start: Start, pulse_server: PulseServer, tmp_path: Path
+) -> None:
+    path = spoken(tmp_path / "one.wav", NAMES[:1])
+    with Subscriber(broker.port) as subscriber:
+        daemon = start(broker.port, "--source", SOURCE)
+        subscriber.wait_for(is_heard(), "the microphone is heard")
+        pulse_server.remove_sink()
+        subscriber.wait_for(lambda s: states(s)[-1] == "degraded", "the loss is told")
+        assert health(subscriber)[0] in ("waiting", "stalled")
+        assert subscriber.on("state")[-1].json["why"].startswith(f"{SOURCE} {health(subscriber)[0]}: ")
+        pulse_server.add_sink()
+        subscriber.wait_for(is_heard(), "the microphone is heard again")
+        speak(pulse_server, path)
+        subscriber.wait_for(lambda s: s.on("said"), "the sentence")
+        ends_and_leaves_nothing(daemon, pulse_server)
+        assert texts_on(subscriber, "said") == SENTENCES[:1]
+        assert states(subscriber) == ["starting", "ready", "degraded", "ready"]
+
+
+@pytest.mark.slow
+def test_a_microphone_may_be_plugged_in_after_the_start(
+    broker: Mosquitto, start: Start, pulse_server: PulseServer, tmp_path: Path
+) -> None:
+    pulse_server.remove_sink()
+    path = spoken(tmp_path / "one.wav", NAMES[1:2])
+    with Subscriber(broker.port) as subscriber:
+        daemon = start(broker.port, "--source", SOURCE)
+        subscriber.wait_for(lambda s: s.on("state") and health(s)[0] in ("waiting", "stalled"), "it is missed")
+        pulse_server.add_sink()
+        subscriber.wait_for(is_heard(), "the microphone is heard")
+        speak(pulse_server, path)
+        subscriber.wait_for(lambda s: s.on("said"), "the sentence")
+        ends_and_leaves_nothing(daemon, pulse_server)
+        assert texts_on(subscriber, "said") == SENTENCES[1:2]
+
+
+@pytest.mark.slow
+def test_two_microphones_a_file_and_standard_input_are_heard_side_by_side(
+    broker: Mosquitto, start: Start, pulse_server: PulseServer, tmp_path: Path
+) -> None:
+    pulse_server.add_sink("other")
+    (pulse_server.home / ".asoundrc").write_text(
+        "".join(
+            f'pcm.{sink} {{ type pulse device {sink}.monitor hint {{ show on description "virtual" }} }}\n'
+            for sink in (MICROPHONE, "other")
+        )
+    )
+    here, there = spoken(tmp_path / "here.wav", NAMES[:2]), spoken(tmp_path / "there.wav", NAMES[2:4])
+    with Subscriber(broker.port) as subscriber:
+        daemon = start(broker.port, "--source", SOURCE, "--source", "microphone:other", "--source", "stdin",
+                       "--source", str(recording(NAMES[4])), "-o", "log.level=DEBUG")  # fmt: skip
+        for source in (SOURCE, "microphone:other"):
+            subscriber.wait_for(is_heard(source), source)
+        with pulse_server.play(here) as first, pulse_server.play(there, "other") as second:
+            daemon.hears(SENTENCES[5])
+            assert (first.wait(ROUND_S), second.wait(ROUND_S)) == (0, 0)
+        subscriber.wait_for(lambda s: len(s.on("transcript")) == 6, "all sentences")
+        heard: dict[str, list[str]] = {}
+        for message in subscriber.on("transcript"):
+            heard.setdefault(message.json["source"], []).append(message.json["text"])
+        assert heard == {
+            SOURCE: SENTENCES[:2], "microphone:other": SENTENCES[2:4], "stdin": SENTENCES[5:6],
+            f"file:{recording(NAMES[4])}": SENTENCES[4:5],
+        }  # fmt: skip
+        assert len(children(daemon)) == 2
+        ends_and_leaves_nothing(daemon, pulse_server)
+
+
+@pytest.mark.slow
+def test_a_daemon_ends_in_time_while_its_sound_server_hangs(
+    broker: Mosquitto, start: Start, pulse_server: PulseServer
+) -> None:
+    with Subscriber(broker.port) as subscriber:
+        daemon = start(broker.port, "--source", SOURCE)
+        subscriber.wait_for(is_heard(), "the microphone is heard")
+        started = children(daemon)
+        pulse_server.suspend()
+        try:
+            subscriber.wait_for(lambda s: health(s)[0] == "stalled", "the stall is told")
+            assert states(subscriber)[-1] == "degraded"
+            assert daemon.stop() == 0
+        finally:
+            pulse_server.resume()
+        assert not any(Path(f"/proc/{child}").exists() for child in started)
