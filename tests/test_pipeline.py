@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future
+from itertools import pairwise
 
 import numpy as np
 import pytest
 from prometheus_client import REGISTRY
 
+from edge_asr.audio.microphone import MicrophoneSource
 from edge_asr.errors import EngineError
-from edge_asr.pipeline import Gates, Labels, Listener
+from edge_asr.pipeline import PENDING_LIMIT, Gates, Labels, Listener
 from edge_asr.recognizer.scheduler import Scheduler
 from edge_asr.speech.segmenter import POST_ROLL, Rules, Segmenter
 from edge_asr.types import CHUNK_S, CHUNK_SAMPLES, SAMPLE_RATE, Chunk, Recognition, Samples, Token, Transcript
@@ -215,3 +218,60 @@ async def test_a_gap_in_silence_changes_nothing_but_the_times() -> None:
 async def test_stopping_after_a_gap_publishes_what_had_paused_before() -> None:
     heard = await hear(Fed("...xxxxxx...!..xxx", then_wait=True), CountingScheduler(), stop=True)
     assert [transcript.text for transcript in heard] == ["11"]
+
+
+class Held:
+    """A recogniser that waits until it is let go."""
+
+    engine = "held"
+
+    def __init__(self, go: threading.Event) -> None:
+        self._go = go
+
+    def recognize(self, samples: Samples) -> Recognition:
+        self._go.wait()
+        return Recognition("x", (Token("x", None, None, 1.0),), 1.0)
+
+    def close(self) -> None:
+        pass
+
+
+async def test_a_microphone_whose_listener_waits_for_the_engine_drops_the_oldest_and_says_so(
+    plug: Callable[..., None],
+) -> None:
+    plug({"name": "USB", "max_input_channels": 1, "default_samplerate": 16_000.0}, value=16_384)
+    source, sink, go, counted = MicrophoneSource("usb", backlog_s=0.5), Collector(), threading.Event(), cut_short()
+    scheduler = Scheduler(lambda: Held(go))
+    await scheduler.start()
+    rules = Rules(pre_roll=0, min_speech=1, max_length=8)
+    detector, labels = ByLevel(), Labels("test", "usb", "held")
+    listener = Listener(source, detector, Segmenter(rules), scheduler, [sink], labels, Gates(), live=True)
+    running = asyncio.create_task(listener.run())
+    try:
+        await happens(lambda: source.health.dropped_chunks > 20)
+        assert sink.transcripts == []
+        go.set()
+        await happens(lambda: bool(detector.resets))
+        heard = len(sink.transcripts)
+        await happens(lambda: len(sink.transcripts) > heard + PENDING_LIMIT + 1)
+    finally:
+        go.set()
+        listener.stop()
+        await running
+        await scheduler.close()
+    offsets = [round((transcript.offset_s or 0.0) / CHUNK_S) for transcript in sink.transcripts]
+    steps = [after - before for before, after in pairwise(offsets)]
+    assert min(steps) > 0, "in order"
+    assert max(steps) > 20 > 8 >= min(steps), "the times tell what is missing"
+    assert sum(step > 8 for step in steps) == len(detector.resets) == cut_short() - counted
+    assert source.health.gaps == 0, "the device is not to blame"
+
+
+async def happens(condition: Callable[[], bool]) -> None:
+    """Return as soon as the condition holds."""
+
+    async def look() -> None:
+        while not condition():
+            await asyncio.sleep(0.01)
+
+    await asyncio.wait_for(look(), 60)
