@@ -82,6 +82,19 @@ def test_a_sentence_spoken_into_a_microphone_arrives_and_nothing_is_left_behind(
         assert states(subscriber) == ["starting", "ready"]
 
 
+def test_a_daemon_whose_only_microphone_lacks_its_library_ends_with_the_remedy(
+    start: Start, plug: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "fake/sounddevice.py").unlink()
+    (tmp_path / "fake/sounddevice.py").write_text("raise ModuleNotFoundError('sounddevice')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "fake"))
+    daemon = start(1, "--source", "microphone", "-o", "mqtt.enabled=false")
+    assert daemon.end() == 2
+    assert daemon.complaints == [
+        "edge-asr: microphone:default: sounddevice is not installed; pip install 'edge-asr[microphone]'"
+    ]
+
+
 @pytest.mark.slow
 def test_all_sentences_spoken_with_pauses_arrive_whole_and_in_order(
     broker: Mosquitto, start: Start, pulse_server: PulseServer, tmp_path: Path
