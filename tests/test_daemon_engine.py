@@ -157,7 +157,9 @@ def test_a_gpu_that_breaks_costs_no_sentence_and_the_state_says_so(
     broker: Mosquitto, start: Start, state: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put_plan(state)
-    monkeypatch.setenv("FAKE_GPU_FAIL_AT", "7")  # what it is tried on, its self-test, a sentence: two each
+    monkeypatch.setenv(
+        "FAKE_GPU_FAIL_AT", "13"
+    )  # three lengths, what it is tried on, its self-test, a sentence: two each
     with Subscriber(broker.port) as subscriber:
         daemon = listening(start, broker.port, state)
         wait_for_state(subscriber, TENSORRT, "")
@@ -175,7 +177,7 @@ def test_with_strict_a_gpu_that_breaks_ends_the_daemon_for_another_start(
     broker: Mosquitto, start: Start, state: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put_plan(state)
-    monkeypatch.setenv("FAKE_GPU_FAIL_AT", "5")
+    monkeypatch.setenv("FAKE_GPU_FAIL_AT", "11")
     with Subscriber(broker.port) as subscriber:
         daemon = listening(start, broker.port, state, "engine.strict=true")
         wait_for_state(subscriber, TENSORRT, "")

@@ -210,7 +210,7 @@ def test_where_no_plan_is_built_yet_the_processor_answers(state: Path, caplog: p
 def test_an_answer_that_is_not_finite_is_decoded_again_on_the_processor(
     state: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with fake_tensorrt(RELEASE, nan_at=7):
+    with fake_tensorrt(RELEASE, nan_at=13):
         ladder = load(state)
         assert ladder.engine == TENSORRT
         assert [heard(ladder)[0] for _ in range(4)] == [TEXT] * 4
@@ -222,7 +222,7 @@ def test_an_answer_that_is_not_finite_is_decoded_again_on_the_processor(
 
 
 def test_a_gpu_that_breaks_is_left_and_no_request_is_lost(state: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with fake_tensorrt(RELEASE, clean=False, fail_at=7):
+    with fake_tensorrt(RELEASE, clean=False, fail_at=13):
         ladder = load(state)
         assert ladder.engine == TENSORRT
         assert [heard(ladder)[0] for _ in range(4)] == [TEXT] * 4

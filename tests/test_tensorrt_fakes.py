@@ -329,14 +329,15 @@ def test_contexts_without_memory_must_be_given_enough(here: Machine) -> None:
         context.set_tensor_address(name, int(one))
     assert not context.execute_async_v3(here.stream.handle)
     assert "bytes of device memory" in here.log.lines[-1]
-    modern = hasattr(engine, "device_memory_size_v2")
-    activations = here.driver.mem_alloc(engine.device_memory_size_v2 if modern else engine.device_memory_size)
-    if modern:
-        context.set_device_memory(int(activations), 8)
+    modern = not hasattr(engine, "device_memory_size")
+    needed = engine.get_device_memory_size_for_profile_v2(profile) if modern else engine.device_memory_size
+    activations, little = here.driver.mem_alloc(needed), here.driver.mem_alloc(8)
+    for one, size in ((little, 8), (activations, needed)):
         assert not context.execute_async_v3(here.stream.handle)
-        context.set_device_memory(int(activations), engine.device_memory_size_v2)
-    else:
-        context.device_memory = int(activations)
+        if modern:
+            context.set_device_memory(int(one), size)
+        else:
+            context.device_memory = int(one)
     assert context.execute_async_v3(here.stream.handle)
     here.stream.synchronize()
 

@@ -97,18 +97,26 @@ def test_a_plan_of_something_else_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("options", [PLAIN, ALL], ids=str)
 @pytest.mark.parametrize("release", ["8.5", "11.4"])
-def test_out_of_memory_anywhere_leaves_nothing_behind(release: str, options: TensorRtOptions, tmp_path: Path) -> None:
+def test_out_of_memory_anywhere_leaves_nothing_behind(
+    release: str, options: TensorRtOptions, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     paths = write_plans(tmp_path, release)
     with fake_tensorrt(release) as gpu:
         with loaded(paths, options):
             needed = gpu.counts["allocations"]
         assert needed >= 10
+        refused = []
         for number in range(1, needed + 1):
             gpu.out_of_memory_at = gpu.counts["allocations"] + number
-            with pytest.raises(EngineError, match=FREE_MEMORY) as raised:
-                load_networks(*paths, metadata(), options)
-            assert not isinstance(raised.value, BrokenEngineError)
+            caplog.clear()
+            try:
+                with loaded(paths, options):
+                    assert "CUDA graph: out of memory" in caplog.text, "all else is needed"
+            except EngineError as error:
+                refused.append(error)
             assert gpu.leaks() == [], "not even while the error is kept"
+        assert len(refused) >= 10
+        assert all(FREE_MEMORY in str(error) and not isinstance(error, BrokenEngineError) for error in refused)
 
 
 def test_what_is_lacking_is_named(tmp_path: Path) -> None:
@@ -128,11 +136,14 @@ def test_out_of_memory_for_a_batch_leaves_the_rest_at_work(tmp_path: Path) -> No
     with fake_tensorrt(RELEASE) as gpu, loaded(paths) as (encoder, _):
         alone = encoder.run(frames(20))["alphas"]
         held = len(gpu.allocations)
-        for number in range(1, 8):
+        for number in range(1, 8):  # then what is computed on the way
             gpu.out_of_memory_at = gpu.counts["allocations"] + number
             with pytest.raises(EngineError, match=r"left for|locked in memory"):
                 encoder.run(frames(20, 2))
             assert len(gpu.allocations) == held
+        gpu.out_of_memory_at = gpu.counts["allocations"] + 8
+        with pytest.raises(EngineError, match="left for what the networks compute on the way"):
+            encoder.run(frames(20, 2))
         np.testing.assert_array_equal(encoder.run(frames(20))["alphas"], alone)
         encoder.run(frames(20, 2))
 
@@ -147,15 +158,15 @@ def test_a_context_that_cannot_be_made_is_an_error_of_one_run(tmp_path: Path, mo
         encoder.run(frames(20))
 
 
-@pytest.mark.parametrize(("method", "left"), [("set_optimization_profile_async", 0), ("set_input_shape", 1)])
+@pytest.mark.parametrize(("method", "left"), [("set_optimization_profile_async", 4), ("set_input_shape", 5)])
 def test_an_error_that_is_kept_keeps_nothing_on_the_gpu(
     method: str, left: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paths = write_plans(tmp_path)
     with fake_tensorrt(RELEASE) as gpu:
         contexts = importlib.import_module("tensorrt")._runtime.IExecutionContext
-        monkeypatch.setattr(contexts, method, lambda self, *arguments: False)
         with loaded(paths) as (encoder, _):
+            monkeypatch.setattr(contexts, method, lambda self, *arguments: False)
             with pytest.raises(EngineError) as raised:
                 encoder.run(frames(20))
             assert gpu.live["execution contexts"] == left
@@ -166,7 +177,7 @@ def test_an_error_that_is_kept_keeps_nothing_on_the_gpu(
 @pytest.mark.parametrize(
     ("method", "answer", "said"),
     [
-        ("set_input_shape", False, r"refuses x \(1, 20, 560\)"),
+        ("set_input_shape", False, r"refuses x \(1, 24, 560\)"),
         ("set_tensor_address", False, "refuses the address of"),
         ("infer_shapes", ["mask"], "cannot tell the shapes"),
         ("infer_shapes", RuntimeError("infer_shapes error code: -1"), "cannot tell the shapes"),
@@ -214,7 +225,8 @@ def test_after_an_error_of_the_gpu_nothing_can_be_computed(
     failing: int, options: TensorRtOptions, tmp_path: Path
 ) -> None:
     paths = write_plans(tmp_path)
-    with fake_tensorrt(RELEASE, fail_at=failing), loaded(paths, options) as (encoder, decoder):
+    with fake_tensorrt(RELEASE) as gpu, loaded(paths, options) as (encoder, decoder):
+        gpu.fail_at = gpu.counts["executions"] + failing
         enc: Any = None
         for number in range(1, failing):
             enc = run_next(encoder, decoder, number, enc)
@@ -225,9 +237,20 @@ def test_after_an_error_of_the_gpu_nothing_can_be_computed(
 
 def test_numbers_that_are_not_finite_have_an_error_of_their_own(tmp_path: Path) -> None:
     paths = write_plans(tmp_path)
-    for failing in (3, 4):  # after the second of noise at the beginning: of the encoder, of the decoder
-        with fake_tensorrt(RELEASE, nan_at=failing), recognizing(paths) as recognizer, pytest.raises(NotFiniteError):
-            recognizer.recognize(SOUND)
+    for failing in (1, 2):  # of the encoder, of the decoder
+        with fake_tensorrt(RELEASE) as gpu, recognizing(paths) as recognizer:
+            gpu.nan_at = gpu.counts["executions"] + failing
+            with pytest.raises(NotFiniteError):
+                recognizer.recognize(SOUND)
+
+
+def test_what_the_longest_need_and_is_not_there_shows_while_loading(tmp_path: Path) -> None:
+    paths = write_plans(tmp_path)
+    for failing in (1, 2, 3, 4):  # both networks in both profiles
+        with fake_tensorrt(RELEASE, clean=False, fail_at=failing) as gpu:
+            with pytest.raises(BrokenEngineError, match="launch failure"):
+                load_networks(*paths, metadata(), TensorRtOptions())
+            assert gpu.counts["executions"] == failing
 
 
 # Threads, and the end

@@ -27,9 +27,9 @@ from small_plans import (
 from tensorrt_fakes import RELEASES, fake_tensorrt
 
 from edge_asr.errors import EngineError, TooLargeError
-from edge_asr.recognizer import tensorrt_network
+from edge_asr.recognizer import tensorrt_plan
 from edge_asr.recognizer.paraformer import Paraformer
-from edge_asr.recognizer.tensorrt_network import MOST_GRAPHS, TensorRtOptions
+from edge_asr.recognizer.tensorrt_network import TensorRtOptions
 from edge_asr.types import SAMPLE_RATE, Recognition, Samples
 
 SECOND = SAMPLE_RATE
@@ -71,7 +71,7 @@ def test_a_recogniser_on_plans_hears_what_onnxruntime_hears(
         found = recognizer.recognize_batch(batch)
         assert all(same(*pair) for pair in zip(found, [expected[0], expected[2], expected[0]], strict=True))
         assert recognizer.decode(SOUNDS[0]).ids.dtype == np.int64
-        assert bool(gpu.counts["graph launches"]) == options.cuda_graphs
+        assert bool(gpu.counts["graph launches"]) == (options.cuda_graphs and release != "8.5")
         assert gpu.counts["copies of pageable memory"] == 0
 
 
@@ -179,14 +179,68 @@ def test_contexts_and_memory_for_batches_are_made_when_they_are_needed(tmp_path:
     paths = write_plans(tmp_path)
     with fake_tensorrt(RELEASE) as gpu, loaded(paths) as (encoder, _):
         taken = gpu.counts["allocations"]
-        assert gpu.live["execution contexts"] == 0
-        for count, batch, contexts in ((20, 1, 1), (100, 1, 2), (64, 1, 2)):
+        assert gpu.live["execution contexts"] == 4, "of each network, for both profiles"
+        for count, batch, contexts in ((20, 1, 5), (24, 1, 5), (17, 1, 5), (64, 1, 5), (160, 1, 5), (9, 1, 6)):
             encoder.run(frames(count, batch))
             assert (gpu.live["execution contexts"], gpu.counts["allocations"]) == (contexts, taken)
         encoder.run(frames(20, 2))
-        assert gpu.live["execution contexts"] == 3
-        # The inputs and alphas on both sides, enc on the GPU.
-        assert gpu.counts["allocations"] == taken + 7
+        # The inputs and alphas on both sides, enc on the GPU, and what is computed on the way.
+        assert (gpu.live["execution contexts"], gpu.counts["allocations"]) == (7, taken + 8)
+        encoder.run(frames(30, 3))
+        assert (gpu.live["execution contexts"], gpu.counts["allocations"]) == (7, taken + 8)
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_memory_for_batches_is_not_taken_for_single_utterances(release: str, tmp_path: Path) -> None:
+    paths = write_plans(tmp_path, release)
+    with fake_tensorrt(release) as gpu, loaded(paths) as (encoder, decoder):
+        alone = gpu.used
+        decoder.run(tokens(encoder.run(frames(20, 2))["enc"], 4))
+        known = release != "8.5"
+        engines = [network._plan._engine for network in (encoder, decoder)]
+        sizes = [max(engine._activation_size(index) for engine in engines) for index in range(3)]
+        del engines
+        assert sizes[2] > max(sizes[:2])
+        assert len(encoder.device._activations) == (2 if known else 1), "8.5 tells one size for all profiles"
+        assert encoder.device.activations(True).size == (max(sizes[:2]) if known else sizes[2])
+        assert encoder.device.activations(False).size == sizes[2]
+        assert gpu.used > alone
+
+
+@pytest.mark.parametrize("options", [PLAIN, ALL], ids=str)
+@pytest.mark.parametrize("release", RELEASES)
+def test_lengths_that_change_are_arranged_for_once(release: str, options: TensorRtOptions, tmp_path: Path) -> None:
+    paths = write_plans(tmp_path, release)
+    with fake_tensorrt(release) as gpu, loaded(paths, options) as (encoder, decoder):
+        lengths = (9, 20, 33, 65, 100)
+
+        def run() -> int:
+            before = gpu.counts["first runs of shapes"]
+            for count in lengths:
+                decoder.run(tokens(encoder.run(frames(count))["enc"], 3))
+            return int(gpu.counts["first runs of shapes"] - before)
+
+        assert run() == 2 * len(lengths)
+        # Before 10 a profile has one context, so that each change costs.
+        assert run() == (2 * len(lengths) if release == "8.5" else 0)
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_what_is_filled_up_is_finite_whatever_lay_there(release: str, tmp_path: Path, reference: Paraformer) -> None:
+    paths = write_plans(tmp_path, release)
+    with fake_tensorrt(release) as gpu, loaded(paths, ALL) as (encoder, decoder):
+        for count in (20, 70, 9, 20):
+            held = gpu.allocations[encoder._buffers[True].addresses["enc"]].data
+            held.view(np.float32)[:] = np.nan
+            inputs = frames(count)
+            enc, wanted = encoder.run(inputs)["enc"], reference._encoder.run(inputs)["enc"]
+            assert enc.whole[1] > count, "it lies there filled up"
+            whole = gpu.view(enc.address, 4 * int(np.prod(enc.whole))).view(np.float32)
+            assert np.isfinite(whole).all()
+            decoded = decoder.run(tokens(enc, 5))
+            known = reference._decoder.run({**tokens(enc, 5), "enc": wanted})
+            np.testing.assert_array_equal(decoded["ids"], known["ids"])
+            np.testing.assert_allclose(decoded["logp"], known["logp"], atol=2e-5)
 
 
 @pytest.mark.parametrize("rounds", [20, pytest.param(250, marks=pytest.mark.slow)])
@@ -204,7 +258,7 @@ def test_a_thousand_runs_take_nothing_more(rounds: int, options: TensorRtOptions
         run()
         before = run()
         assert [run() for _ in range(rounds)] == [before] * rounds
-        assert gpu.counts["executions"] == (rounds + 2) * 4
+        assert gpu.counts["executions"] == (rounds + 2) * 4 + 4, "and what it was warmed up with"
 
 
 # CUDA graphs
@@ -213,24 +267,50 @@ def test_a_thousand_runs_take_nothing_more(rounds: int, options: TensorRtOptions
 def test_launches_are_recorded_once_for_each_bucket(tmp_path: Path) -> None:
     paths = write_plans(tmp_path)
     with fake_tensorrt(RELEASE) as gpu, loaded(paths, TensorRtOptions(cuda_graphs=True)) as (encoder, decoder):
+        assert gpu.live["executable graphs"] == 4, "one for each profile, of each network"
         for count in (9, 16, 12, 65, 90):
             decoder.run(tokens(encoder.run(frames(count))["enc"], 3))
-        assert gpu.live["executable graphs"] == 4, "for 16 and 96 frames, of each network"
+        assert gpu.live["executable graphs"] == 8, "for 16 and 96 frames"
         assert gpu.live["graphs"] == 0
         assert gpu.counts["graph launches"] == 6
         encoder.run(frames(9, 2))
-        assert gpu.live["executable graphs"] == 4, "batches are launched"
+        assert gpu.live["executable graphs"] == 8, "batches are launched"
 
 
-def test_the_graph_that_was_needed_least_recently_goes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert MOST_GRAPHS > 12
-    monkeypatch.setattr(tensorrt_network, "MOST_GRAPHS", 2)
+def test_before_10_nothing_is_recorded_and_that_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    paths = write_plans(tmp_path, "8.5")
+    with fake_tensorrt("8.5") as gpu, loaded(paths, ALL) as (encoder, decoder):
+        for count in (9, 20, 9, 20):
+            decoder.run(tokens(encoder.run(frames(count))["enc"], 3))
+        assert gpu.counts["graph launches"] == gpu.live["executable graphs"] == 0
+        assert gpu.live["execution contexts"] == 4
+    assert [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING] == [
+        f"{path}: no CUDA graphs, which need TensorRT 10 or newer" for path in paths
+    ]
+
+
+def test_the_context_that_was_needed_least_recently_goes_first_with_its_graph(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensorrt_plan, "MOST_RUNNERS", 2)
     paths = write_plans(tmp_path)
     with fake_tensorrt(RELEASE) as gpu, loaded(paths, TensorRtOptions(cuda_graphs=True)) as (encoder, _):
         for count, launches in ((8, 0), (16, 0), (8, 1), (24, 1), (8, 2), (16, 2), (24, 2)):
             encoder.run(frames(count))
             assert (count, gpu.counts["graph launches"]) == (count, launches)
-            assert gpu.live["executable graphs"] <= 2
+            assert gpu.live["executable graphs"] == gpu.live["execution contexts"] == 4
+
+
+@pytest.mark.parametrize("release", RELEASES[1:])
+def test_graphs_that_take_turns_answer_right(release: str, tmp_path: Path, reference: Paraformer) -> None:
+    paths = write_plans(tmp_path, release)
+    with fake_tensorrt(release) as gpu, loaded(paths, TensorRtOptions(cuda_graphs=True)) as (encoder, _):
+        for seed, count in enumerate((9, 20, 9, 70, 20, 9)):
+            inputs = frames(count, seed=seed)
+            found, wanted = encoder.run(inputs), reference._encoder.run(inputs)
+            np.testing.assert_allclose(found["alphas"], wanted["alphas"], atol=2e-5)
+            np.testing.assert_allclose(found["enc"].numpy(), wanted["enc"], atol=2e-5)
+        assert gpu.counts["graph launches"] == 3
 
 
 def broken_capture(gpu: Any, stream: int, graph: Any) -> int:

@@ -22,6 +22,9 @@ RANGES: Sequence[tuple[Range, Range]] = (
 )
 """Utterances and frames (60 ms each): what is spoken alone first, then batches."""
 USUAL_TOKENS = 32
+MOST_BATCH_TOKENS = 96
+"""Of an utterance in a batch, 8 a second: the scores of every word for each token are the largest of all that is
+computed, and TensorRT takes memory for the largest. A batch in which somebody says more is recognised in parts."""
 
 
 def encoder_profiles() -> list[Profile]:
@@ -33,7 +36,8 @@ def decoder_profiles(width: int) -> list[Profile]:
     """Return the shapes that the decoder's plan is for, `width`: of an encoder frame. At most a token a frame."""
     profiles = []
     for batch, frames in RANGES:
-        tokens = (1, min(USUAL_TOKENS, frames[1]), frames[2])
+        most = frames[2] if batch == SINGLE else min(frames[2], MOST_BATCH_TOKENS)
+        tokens = (1, min(USUAL_TOKENS, frames[1]), most)
         inputs: Mapping[str, Sequence[Range | int]] = {
             "enc": (batch, frames, width),
             "enc_mask": (batch, frames),

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,16 +15,15 @@ import numpy.typing as npt
 from edge_asr.errors import EngineError
 from edge_asr.recognizer import cuda
 from edge_asr.recognizer.cuda import DeviceMemory, Gpu
-from edge_asr.recognizer.cuda_graph import Graph
 from edge_asr.recognizer.gpu_buffers import STAYS, Buffers
 from edge_asr.recognizer.network import BUCKETS, Arrays
-from edge_asr.recognizer.tensorrt_plan import LoadedPlan, Profile, Shape, Sizes, Tensor
+from edge_asr.recognizer.tensorrt_plan import LoadedPlan, Profile, Runner, Shape, Sizes, Tensor
 
 log = logging.getLogger(__name__)
 
 OLDEST = (8, 5)
-MOST_GRAPHS = 48
-"""Of a network; each takes memory. The one that was not needed for the longest time goes first."""
+FRAMES_PER_TOKEN = 4
+"""About as many as in speech."""
 LEGACY_TEGRA = Path("/etc/nv_tegra_release")
 
 
@@ -102,10 +100,12 @@ def load_networks(
             for path in (encoder_plan, decoder_plan):
                 plans.append(LoadedPlan(path, device.gpu))
                 undo.callback(device.gpu.release, [plans[-1].close])
-            device.share(plans)
+            device.take_memory(plans)
             encoder = TensorRtNetwork(plans[0], device, metadata)
             undo.callback(encoder.close)
             decoder = TensorRtNetwork(plans[1], device, {})
+            undo.callback(decoder.close)
+            encoder.warm_up(decoder)
             undo.pop_all()
     finally:
         device.release()
@@ -142,15 +142,26 @@ class _Device:
     def __init__(self, options: TensorRtOptions) -> None:
         self.options, self.gpu = options, Gpu(options.gpu)
         self._users = 1
-        self._activations: DeviceMemory | None = None
+        self._sizes: dict[bool, int] = {}
+        self._activations: dict[bool, DeviceMemory] = {}
 
-    def share(self, plans: Sequence[LoadedPlan]) -> None:
-        """Take a block that is large enough for each of them."""
+    def take_memory(self, plans: list[LoadedPlan]) -> None:
+        """Take a block that is large enough for each plan, for single utterances."""
+        for alone in (True, False):
+            self._sizes[alone] = max(1, *(plan.activation_bytes(alone) for plan in plans))
         with self.gpu.current():
-            size = max(1, *(plan.activation_bytes for plan in plans))
-            self._activations = self.gpu.allocate(size, "what the networks compute on the way")
-        for plan in plans:
-            plan.share(self._activations)
+            self.activations(True)
+
+    def activations(self, alone: bool) -> DeviceMemory:
+        """Return the block for single utterances, or that for batches: a server of commands never takes the latter.
+
+        Neither moves, for contexts know where it lies. Where TensorRT tells one size for all profiles there is one.
+        """
+        if not alone and self._sizes[False] <= self._sizes[True]:
+            return self.activations(True)
+        if alone not in self._activations:
+            self._activations[alone] = self.gpu.allocate(self._sizes[alone], "what the networks compute on the way")
+        return self._activations[alone]
 
     def retain(self) -> None:
         self._users += 1
@@ -159,8 +170,7 @@ class _Device:
         self._users -= 1
         if self._users:
             return
-        if self._activations is not None:
-            self.gpu.release([self._activations.free])
+        self.gpu.release([block.free for block in self._activations.values()])
         self.gpu.close()
 
 
@@ -175,17 +185,6 @@ class _Work:
     buffers: Buffers
     addresses: Mapping[str, int]
 
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """What a recorded graph is good for."""
-        return (*sorted(self.sizes.items()), *sorted(self.addresses.items()))
-
-
-@dataclass(frozen=True, slots=True)
-class _Recorded:
-    graph: Graph
-    shapes: Mapping[str, Shape]
-
 
 class TensorRtNetwork:
     """A plan of TensorRT; see Network."""
@@ -195,8 +194,10 @@ class TensorRtNetwork:
         self.metadata, self.device = metadata, device
         self.runs = 0
         self._plan = plan
-        self._records = device.options.cuda_graphs
-        self._graphs: OrderedDict[tuple[Any, ...], _Recorded] = OrderedDict()
+        self._records = device.options.cuda_graphs and plan.shares_profiles
+        if device.options.cuda_graphs and not self._records:
+            # A graph is void when its context gets other shapes, and here all lengths of a profile share a context.
+            log.warning("%s: no CUDA graphs, which need TensorRT 10 or newer", plan.path)
         self._buffers: dict[bool, Buffers] = {}
         self._closed = False
         with device.gpu.current():
@@ -215,16 +216,34 @@ class TensorRtNetwork:
                     work.buffers.send(tensor, inputs[name], tensor.shape_for(work.sizes))
             return self._fetch(work, self._compute(work))
 
+    def warm_up(self, decoder: TensorRtNetwork) -> None:
+        """Run this encoder and then `decoder` in each profile for single utterances. Raises EngineError.
+
+        Kernels are loaded and memory is taken in the first run: what is lacking shows now, not at the first long
+        sentence, which need not wait either.
+        """
+        for profile in self._plan.profiles:
+            if profile.alone:
+                frames = profile.high["T"]
+                sizes = {"B": 1, "T": frames, "N": max(1, frames // FRAMES_PER_TOKEN)}
+                enc = self.run(self._silence(sizes))[STAYS]
+                decoder.run({**decoder._silence(sizes), STAYS: enc})
+
+    def _silence(self, sizes: Sizes) -> Arrays:
+        """Return zeros, and masks that count all of them."""
+        return {
+            name: np.full(tensor.shape_for(sizes), "mask" in name, np.float32)
+            for name, tensor in self._plan.inputs.items()
+        }
+
     def close(self) -> None:
         """Release everything, on any thread; after an error of the GPU as well. Twice does no harm."""
         if self._closed:
             return
         self._closed = True
         self.runs += 1  # nothing that lies on the GPU is of use any more
-        graphs = [recorded.graph.close for recorded in self._graphs.values()]
         buffers = [one.free for one in self._buffers.values()]
-        self.device.gpu.release([*graphs, self._plan.close, *buffers])
-        self._graphs.clear()
+        self.device.gpu.release([self._plan.close, *buffers])
         self._buffers.clear()
         self.device.release()
 
@@ -256,15 +275,15 @@ class TensorRtNetwork:
         return asked, fixed, addresses
 
     def _filled(self, axis: str, size: int, profile: Profile) -> int:
-        if self._records and profile.high["B"] == 1 and axis != "B":
+        if profile.alone and axis != "B":
             size = next((bucket for bucket in BUCKETS if bucket >= size), profile.high[axis])
         return min(max(size, profile.low[axis]), profile.high[axis])
 
     def _buffers_of(self, profile: Profile) -> Buffers:
         """Return the memory for its inputs and outputs; profiles for one utterance share theirs, those for more too."""
-        alone = profile.high["B"] == 1
+        alone = profile.alone
         if alone not in self._buffers:
-            sizes = [one.high for one in self._plan.profiles if (one.high["B"] == 1) == alone]
+            sizes = [one.high for one in self._plan.profiles if one.alone == alone]
             inputs = [tensor for name, tensor in self._plan.inputs.items() if name != STAYS]
             wanted = [*inputs, *self._plan.outputs.values()]
             self._buffers[alone] = Buffers(self.device.gpu, wanted, sizes, self.device.options.mapped_memory)
@@ -272,33 +291,21 @@ class TensorRtNetwork:
 
     def _compute(self, work: _Work) -> Mapping[str, Shape]:
         """Begin to compute; return the shapes of the outputs."""
-        records = self._records and work.profile.high["B"] == 1
-        if records and work.key in self._graphs:
-            self._graphs.move_to_end(work.key)
-            self._graphs[work.key].graph.launch()
-            return self._graphs[work.key].shapes
-        shapes = self._plan.bind(work.profile, work.sizes, work.addresses)
-        if not self._plan.launch(work.profile):
-            self.device.gpu.wait()  # raises where the GPU is to blame
-            raise self._plan.error("cannot run it")
-        if records:
-            self._record(work, shapes)
+        alone = work.profile.alone
+        runner = self._plan.runner(work.profile, work.sizes, self.device.activations(alone))
+        shapes = runner.bind(work.sizes, work.addresses)
+        runner.launch(self.device.gpu)
+        if self._records and alone:
+            self._record(runner)
         return shapes
 
-    def _record(self, work: _Work, shapes: Mapping[str, Shape]) -> None:
+    def _record(self, runner: Runner) -> None:
         """Record what has just run, for the next time. Where that fails, it is launched as ever."""
-        gpu = self.device.gpu
-        gpu.wait()  # TensorRT does some of its work in the first run of a shape only
         try:
-            graph = gpu.record(lambda: self._plan.launch(work.profile))
+            runner.record(self.device.gpu)
         except EngineError as error:
             log.warning("no CUDA graphs, launching each kernel instead: %s", error)
             self._records = False
-            return
-        self._graphs[work.key] = _Recorded(graph, shapes)
-        if len(self._graphs) > MOST_GRAPHS:
-            _, oldest = self._graphs.popitem(last=False)
-            oldest.graph.close()
 
     def _fetch(self, work: _Work, shapes: Mapping[str, Shape]) -> Arrays:
         outputs = self._plan.outputs

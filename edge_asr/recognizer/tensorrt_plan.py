@@ -1,4 +1,4 @@
-"""A plan of TensorRT in memory: its tensors, its profiles, and an execution context for each of those."""
+"""A plan of TensorRT in memory: its tensors, its profiles, and execution contexts for the sizes that come."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 import logging
 import math
 import mmap
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ import numpy as np
 
 from edge_asr.errors import EngineError, TooLargeError
 from edge_asr.recognizer.cuda import FREE_MEMORY, DeviceMemory, Gpu
+from edge_asr.recognizer.cuda_graph import Graph
 from edge_asr.recognizer.manifest import REMEDY
 
 log = logging.getLogger(__name__)
@@ -34,6 +35,9 @@ TYPES: Mapping[str, type[np.generic]] = {
 }  # fmt: skip
 """numpy's by TensorRT's names: its own nptype() fails on 8.5 with a numpy of today."""
 LONGEST_QUOTE = 300
+MOST_RUNNERS = 12
+"""Of a plan. Speech of all lengths needs 12 of the encoder, commands about as many of the decoder. What a context takes
+beside the shared memory nobody says, so there are no more; the one not needed for the longest time goes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +77,11 @@ class Profile:
             self.low[axis] <= size <= self.high[axis] for axis, size in fixed.items()
         )
 
+    @property
+    def alone(self) -> bool:
+        """Whether it is for single utterances, not for batches."""
+        return self.high["B"] == 1
+
     def __str__(self) -> str:
         return describe(self.high)
 
@@ -87,10 +96,9 @@ class LoadedPlan:
         self._trt = tensorrt
         self.path, self._gpu = path, gpu
         self.log = tensorrt_log()
-        self._runners: dict[int, _Runner] = {}
+        self._runners: OrderedDict[Any, Runner] = OrderedDict()
         self._runtime: Any = None
         self._engine: Any = None
-        self._activations: DeviceMemory | None = None
         with gpu.current():
             try:
                 self._load()
@@ -100,15 +108,25 @@ class LoadedPlan:
                 raise
 
     @property
-    def activation_bytes(self) -> int:
-        """What its contexts need of memory for what they compute on the way."""
-        if hasattr(self._engine, "device_memory_size_v2"):
-            return int(self._engine.device_memory_size_v2)
-        return int(self._engine.device_memory_size)
+    def shares_profiles(self) -> bool:
+        """Whether several contexts may use one profile; before 10, the second is refused."""
+        return hasattr(self._trt, "ExecutionContextAllocationStrategy")  # came with it
 
-    def share(self, activations: DeviceMemory) -> None:
-        """Let its contexts use that memory, of at least `activation_bytes`."""
-        self._activations = activations
+    def activation_bytes(self, alone: bool) -> int:
+        """Return what contexts need for what they compute on the way, of the profiles for single utterances or all.
+
+        Before 10.3 nobody says it but for all profiles together.
+        """
+        sizes = [self._bytes_of(profile) for profile in self.profiles if profile.alone or not alone]
+        return max(sizes, default=0)
+
+    def _bytes_of(self, profile: Profile) -> int:
+        # The older calls first, wherever they exist: with those of 10 some releases crash.
+        if hasattr(self._engine, "get_device_memory_size_for_profile"):
+            return int(self._engine.get_device_memory_size_for_profile(profile.index))
+        if hasattr(self._engine, "device_memory_size"):
+            return int(self._engine.device_memory_size)
+        return int(self._engine.get_device_memory_size_for_profile_v2(profile.index))
 
     def profile_for(self, sizes: Sizes, fixed: Sizes) -> Profile:
         """Return the first profile that holds the sizes. Raises TooLargeError where there is none."""
@@ -116,18 +134,21 @@ class LoadedPlan:
             if profile.holds(sizes, fixed):
                 return profile
         most = "; ".join(map(str, self.profiles))
-        raise TooLargeError(f"{self.path}: {describe({**sizes, **fixed})} are too many, it takes at most: {most}")
+        raise TooLargeError(f"{self.path}: {describe(sizes)} are too many, it takes at most: {most}")
 
-    def bind(self, profile: Profile, sizes: Sizes, addresses: Mapping[str, int]) -> Mapping[str, Shape]:
-        """Prepare a context for inputs of these sizes at these addresses; return the shapes of the outputs."""
-        if profile.index not in self._runners:
-            self._runners[profile.index] = self._new_runner(profile.index)
-        return self._runners[profile.index].bind(sizes, addresses)
+    def runner(self, profile: Profile, sizes: Sizes, activations: DeviceMemory) -> Runner:
+        """Return a context for inputs of these sizes, which computes in memory that it shares with others.
 
-    def launch(self, profile: Profile) -> bool:
-        """Begin to compute what was bound; return whether that began."""
-        self.log.errors.clear()
-        return self._runners[profile.index].launch(self._gpu.stream)
+        After each change of shapes TensorRT arranges much anew in the next run, and a recorded graph is void; so what
+        is spoken alone has a context for each size, where one profile may have several.
+        """
+        key = (profile.index, *sorted(sizes.items())) if profile.alone and self.shares_profiles else profile.index
+        if key not in self._runners:
+            while len(self._runners) >= MOST_RUNNERS:
+                self._runners.popitem(last=False)[1].close()
+            self._runners[key] = self._new_runner(profile.index, activations)
+        self._runners.move_to_end(key)
+        return self._runners[key]
 
     def check(self, fine: bool, what: str) -> None:
         """Raise EngineError, saying what TensorRT does, unless all is fine."""
@@ -193,13 +214,11 @@ class LoadedPlan:
             raise ValueError(f"profile {index} {high}")
         return Profile(index, low, high)
 
-    def _new_runner(self, index: int) -> _Runner:
-        """Return a runner that uses the shared memory: both networks run one after the other."""
-        assert self._activations is not None, "share() comes first"
+    def _new_runner(self, profile: int, activations: DeviceMemory) -> Runner:
         self.log.errors.clear()
-        runner = _Runner(self, self._create_context())
+        runner = Runner(self, self._create_context())
         try:
-            runner.prepare(index, self._activations, self._gpu.stream)
+            runner.prepare(profile, activations, self._gpu.stream)
         except EngineError:
             runner.close()
             raise
@@ -211,19 +230,19 @@ class LoadedPlan:
         return self._engine.create_execution_context_without_device_memory()
 
 
-class _Runner:
+class Runner:
     """An execution context. Nobody else holds it, no traceback either: at close() it is gone."""
 
     def __init__(self, plan: LoadedPlan, context: Any) -> None:
         self._plan, self._context = plan, context
+        self._bound: tuple[Sizes, Mapping[str, int]] | None = None
+        self._shapes: Mapping[str, Shape] = {}
+        self._graph: Graph | None = None
 
     def prepare(self, profile: int, activations: DeviceMemory, stream: int) -> None:
         """Give it its memory and its profile, for good."""
         self._plan.check(self._context is not None, "cannot make an execution context")
-        if hasattr(self._context, "set_device_memory"):
-            self._context.set_device_memory(activations.address, activations.size)
-        else:
-            self._context.device_memory = activations.address
+        self._share(activations)
         try:
             chosen = self._context.set_optimization_profile_async(profile, stream)
         except RuntimeError:  # what its bindings raise instead of answering False
@@ -231,7 +250,51 @@ class _Runner:
         self._plan.check(chosen, f"cannot choose profile {profile}")
 
     def bind(self, sizes: Sizes, addresses: Mapping[str, int]) -> Mapping[str, Shape]:
-        """Tell it shapes and addresses; return the shapes of the outputs."""
+        """Tell it shapes and addresses, unless it knows them; return the shapes of the outputs."""
+        if self._bound != (sizes, addresses):
+            self._bound = None
+            self._drop_graph()  # it is of other shapes or addresses
+            self._shapes = self._set(sizes, addresses)
+            self._bound = (dict(sizes), dict(addresses))
+        return self._shapes
+
+    def launch(self, gpu: Gpu) -> None:
+        """Begin to compute what was bound. Raises EngineError."""
+        if self._graph is not None:
+            self._graph.launch()
+        elif not self._enqueue(gpu):
+            gpu.wait()  # raises where the GPU is to blame
+            raise self._plan.error("cannot run it")
+
+    def record(self, gpu: Gpu) -> None:
+        """Record what has just been launched, once, to be launched as one from now on. Raises EngineError."""
+        if self._graph is None:
+            gpu.wait()  # TensorRT does some of its work in the first run of a shape only
+            self._graph = gpu.record(lambda: self._enqueue(gpu))
+
+    def close(self) -> None:
+        """Give back the graph and then what it was recorded of."""
+        self._drop_graph()
+        self._context = None
+
+    def _share(self, activations: DeviceMemory) -> None:
+        engine = self._context.engine  # not where errors are raised: a traceback would keep it
+        if hasattr(engine, "device_memory_size"):
+            # set_device_memory() came with 10 and crashes there, on some releases.
+            self._context.device_memory = activations.address
+        else:
+            self._context.set_device_memory(activations.address, activations.size)
+
+    def _enqueue(self, gpu: Gpu) -> bool:
+        self._plan.log.errors.clear()
+        return bool(self._context.execute_async_v3(gpu.stream))
+
+    def _drop_graph(self) -> None:
+        if self._graph is not None:
+            self._graph.close()
+            self._graph = None
+
+    def _set(self, sizes: Sizes, addresses: Mapping[str, int]) -> Mapping[str, Shape]:
         plan = self._plan
         plan.log.errors.clear()
         for name, tensor in plan.inputs.items():
@@ -248,13 +311,6 @@ class _Runner:
         for name, shape in shapes.items():
             plan.check(shape == plan.outputs[name].shape_for(sizes), f"would answer {name} {shape}")
         return shapes
-
-    def launch(self, stream: int) -> bool:
-        """Begin to compute; return whether that began."""
-        return bool(self._context.execute_async_v3(stream))
-
-    def close(self) -> None:
-        self._context = None
 
 
 def describe(sizes: Sizes) -> str:

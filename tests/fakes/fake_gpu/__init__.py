@@ -174,6 +174,18 @@ class Gpu:
                 self._illegal(f"{what}: {size} bytes at offset {offset} of {found}")
             return found.data[offset : offset + size]
 
+    def bytes_from(self, address):
+        """Return how many bytes an allocation has from an address on; 0 where there is none."""
+        with self.lock:
+            return max(
+                (
+                    one.address + one.size - address
+                    for one in self.allocations.values()
+                    if one.address <= address < one.address + one.size
+                ),
+                default=0,
+            )
+
     def _illegal(self, detail):
         self.violations.append(detail)
         raise CudaError(ILLEGAL_ADDRESS, f"{TEXTS[ILLEGAL_ADDRESS]} ({detail})")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import math
 import operator
+import weakref
 
 import fake_gpu
 import numpy as np
@@ -14,11 +15,13 @@ from fake_gpu import CudaError
 
 from tensorrt._graph import Graph
 from tensorrt._plan import deserialize
-from tensorrt._release import NUMBER, RELEASE, of_release, plain
+from tensorrt._release import NUMBER, RELEASE, exists, of_release, plain
 from tensorrt._types import NUMPY, Dims, ILogger, TensorIOMode, TensorLocation, data_type, require_gpu
 
 ADDRESS_ALIGNMENT = 256
 PROFILES_ARE_SHARED = NUMBER >= (10,)
+CRASHES = exists("ICudaEngine", "device_memory_size")
+"""Whether the newer calls about a context's memory crash on some devices, where the older ones still exist."""
 
 
 class ExecutionContextAllocationStrategy(enum.Enum):
@@ -131,12 +134,18 @@ class ICudaEngine:
     def _most_activations(self):
         return max(self._activation_size(index) for index in range(self.num_optimization_profiles))
 
-    device_memory_size = device_memory_size_v2 = _most_activations
+    device_memory_size = _most_activations
+
+    @property
+    def device_memory_size_v2(self):
+        forbid_newer("getDeviceMemorySizeV2")
+        return self._most_activations
 
     def get_device_memory_size_for_profile(self, profile_index):
         return self._activation_size(profile_index)
 
     def get_device_memory_size_for_profile_v2(self, profile_index):
+        forbid_newer("getDeviceMemorySizeForProfileV2")
         return self._activation_size(profile_index)
 
     def create_execution_context(self, strategy=ExecutionContextAllocationStrategy.STATIC):
@@ -188,6 +197,8 @@ class IExecutionContext:
         self._shapes, self._addresses = {}, {}
         self._settled = False
         """Has run with these shapes: only then may it be captured."""
+        self._changes = 0
+        """How often shapes, addresses or the profile changed: what was captured before is void."""
         gpu.live["execution contexts"] += 1
 
     def __del__(self):
@@ -215,6 +226,7 @@ class IExecutionContext:
             self.engine._busy.discard(self._profile)
             self.engine._busy.add(profile_index)
             self._profile, self._shapes, self._settled = profile_index, {}, False
+            self._changes += 1
         return True
 
     def _why_not_profile(self, index, stream):
@@ -234,9 +246,10 @@ class IExecutionContext:
 
     @device_memory.setter
     def device_memory(self, memory):
-        self._set_memory("setDeviceMemory", memory, self.engine._most_activations)
+        self._set_memory("setDeviceMemory", memory, fake_gpu.gpu.bytes_from(operator.index(memory)))
 
     def set_device_memory(self, memory, size):
+        forbid_newer("setDeviceMemoryV2")
         self._set_memory("setDeviceMemoryV2", memory, size)
 
     def _set_memory(self, function, memory, size):
@@ -247,6 +260,7 @@ class IExecutionContext:
             self._fail(function, f"{memory:#x} is not aligned to {ADDRESS_ALIGNMENT} bytes")
         else:
             self._memory, self._memory_size = memory, size
+            self._changes += 1
 
     def update_device_memory_size_for_shapes(self):
         return self.engine._activation_size(max(self._profile, 0))
@@ -271,6 +285,7 @@ class IExecutionContext:
             )
         if self._shapes.get(name) != shape:
             self._shapes[name], self._settled = shape, False
+            self._changes += 1
         return True
 
     def _all_shapes(self):
@@ -312,7 +327,9 @@ class IExecutionContext:
         if memory % ADDRESS_ALIGNMENT:
             fake_gpu.gpu.violations.append(f"address of {name}: {memory:#x} is not aligned to 256 bytes")
             return self._fail("setTensorAddress", f"{memory:#x} is not aligned to {ADDRESS_ALIGNMENT} bytes")
-        self._addresses[name] = memory
+        if self._addresses.get(name) != memory:
+            self._addresses[name] = memory
+            self._changes += 1
         return True
 
     def get_tensor_address(self, name):
@@ -333,8 +350,10 @@ class IExecutionContext:
         if stream.capture is not None and not self._settled:
             stream.capture_broken = True
             return self._fail("enqueueV3", "the stream is capturing; run these shapes once before")
+        gpu.counts["first runs of shapes"] += not self._settled
         self._settled = True
-        gpu.enqueue(stream, self._work(self._all_shapes(), dict(self._addresses)))
+        captured = stream.capture is not None
+        gpu.enqueue(stream, self._work(self._all_shapes(), dict(self._addresses), captured))
         return True
 
     def _why_not(self):
@@ -356,9 +375,10 @@ class IExecutionContext:
         needed = self.engine._activation_size(self._profile)
         return "" if self._memory_size >= needed else f"{self._memory_size} bytes of device memory, {needed} are needed"
 
-    def _work(self, shapes, addresses):
-        graph, memory, size = self.engine._graph, self._memory, self.engine._activation_size(self._profile)
-        gpu = fake_gpu.gpu
+    def _work(self, shapes, addresses, captured):
+        engine, memory, size = self.engine, self._memory, self.engine._activation_size(self._profile)
+        graph, gpu = engine._graph, fake_gpu.gpu
+        context, changes = weakref.ref(self), self._changes
         outputs = {name: graph.output_shape(name, shapes) for name in graph.outputs}
 
         def view(name, shape):
@@ -368,9 +388,12 @@ class IExecutionContext:
 
         def work():
             nan = gpu.executed()
+            if captured and (context() is None or context()._changes != changes):
+                gpu.violations.append("a graph was launched after its context had changed, or was gone")
+                nan = True
             inputs = {name: view(name, shape).astype(graph.inputs[name].dtype) for name, shape in shapes.items()}
             gpu.view(memory, size, "activations").fill(fake_gpu.GARBAGE)
-            for name, value in self.engine._run(inputs).items():
+            for name, value in engine._run(inputs).items():
                 if value.shape != outputs[name]:
                     raise AssertionError(f"{name}: computed {value.shape}, announced {outputs[name]}")
                 target = view(name, value.shape)
@@ -380,3 +403,9 @@ class IExecutionContext:
 
 
 of_release(IExecutionContext)
+
+
+def forbid_newer(function):
+    """Remember a call that may crash."""
+    if CRASHES:
+        fake_gpu.gpu.violations.append(f"{function} crashes on some devices, there is an older call")
