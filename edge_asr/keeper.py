@@ -15,6 +15,7 @@ from edge_asr.ladder import Ladder, load_ladder, plan_folder, rungs_of
 from edge_asr.loader import existing
 from edge_asr.memory import available_bytes, lack
 from edge_asr.recognizer.bundle import CHECKPOINT, FP32, INT8, Bundle
+from edge_asr.recognizer.cuda import free_bytes
 from edge_asr.recognizer.manifest import FILE, TENSORRT, read_manifest
 from edge_asr.recognizer.scheduler import Scheduler
 from edge_asr.recognizer.tensorrt_network import machine, unavailable
@@ -170,7 +171,7 @@ class EngineKeeper:
             raise EngineError(f"{plan}: its manifest is gone")
         facts = machine(self._config.gpu)
         size = sum(record.size for record in manifest.files.values())
-        if why := lack(size, available_bytes(), None if facts.l4t else facts.free_bytes):
+        if why := lack(size, available_bytes(), None if facts.integrated else free_bytes(self._config.gpu)):
             raise EngineError(
                 f"{plan}: there is no room for it beside {self.engine}: {why}; restart edge-asr to use it"
             )

@@ -148,12 +148,12 @@ def test_an_engine_that_is_not_there_yet_is_built_at_the_first_start(tmp_path: P
 
 
 PLAN = Plan(
-    tensorrt="10.3.0", cuda="12.6", gpu="Orin", sm="8.7", l4t=release(36, "4.7").splitlines()[0],
-    typing="strong", softmax_fp16=False, scale=1, profiles={},
+    tensorrt="10.3.0", cuda="12.6", gpu="Orin", sm="8.7", multiprocessors=8, memory_gb=7,
+    l4t=release(36, "4.7").splitlines()[0], typing="strong", softmax_fp16=False, scale=1, profiles={},
 )  # fmt: skip
 HERE = GpuFacts(
-    tensorrt="10.3.0", cuda="12.6", driver="12.6", gpu="Orin", sm="8.7", total_bytes=8_000_000_000,
-    free_bytes=5_000_000_000, l4t=PLAN.l4t,
+    tensorrt="10.3.0", cuda="12.6", driver="12.6", gpu="Orin", sm="8.7", multiprocessors=8,
+    total_bytes=8_000_000_000, integrated=True, l4t=PLAN.l4t,
 )  # fmt: skip
 
 
@@ -175,6 +175,8 @@ def with_a_plan(folder: Path, state_dir: Path, **changed: Any) -> Config:
         ({"tensorrt": "10.13.3"}, "it was built for TensorRT 10.13.3, here is 10.3.0"),
         ({"gpu": "Xavier"}, "it was built for GPU Xavier, here is Orin"),
         ({"sm": "7.2"}, "it was built for compute capability 7.2, here is 8.7"),
+        ({"multiprocessors": 16}, "it was built for multiprocessors 16, here is 8"),
+        ({"memory_gb": 30}, "it was built for memory in GB 30, here is 7"),
         ({"l4t": "# R35 (release)"}, "it was built for L4T # R35 (release), here is # R36"),
         ({"softmax_fp16": True}, "it was built with engine.tensorrt.softmax_fp16 on"),
     ],

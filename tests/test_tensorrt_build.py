@@ -162,10 +162,6 @@ def test_the_workspace_is_a_quarter_of_what_is_free(
     halves: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, integrated: int, limit: int
 ) -> None:
     meminfo(monkeypatch, tmp_path, 8 * GB)
-    l4t = tmp_path / "nv_tegra_release"
-    if integrated:
-        l4t.write_text("# R36 (release), REVISION: 4.0\n")
-    monkeypatch.setattr("edge_asr.recognizer.tensorrt_network.LEGACY_TEGRA", l4t)
     with fake_tensorrt(memory=f"{4 * GB},{8 * GB}", integrated=integrated):
         build_plan(halves["17"], encoder_profiles(), tmp_path / "plan", options_in(tmp_path), ignore)
         assert built_plan(tmp_path / "plan").workspace == limit
@@ -290,7 +286,7 @@ def test_a_plan_built_apart_is_the_same(halves: dict[str, Path], tmp_path: Path)
     shares: list[float] = []
     for name in ("here", "there"):
         (tmp_path / name).mkdir()
-    with fake_tensorrt():
+    with fake_tensorrt(integrated=0):  # what the host has free would not be the same twice
         build_plan(halves["17"], encoder_profiles(), tmp_path / "here" / "plan", options_in(tmp_path / "here"), ignore)
         apart(halves, tmp_path / "there", shares)
     assert (tmp_path / "there" / "plan").read_bytes() == (tmp_path / "here" / "plan").read_bytes()
@@ -423,6 +419,7 @@ def test_the_manifest_tells_the_truth(engine: Path) -> None:
     plan = manifest.plan
     assert plan is not None
     assert (plan.tensorrt, plan.gpu, plan.sm, plan.l4t) == ("10.3.0", "Fake Orin (nvgpu)", "8.7", None)
+    assert (plan.multiprocessors, plan.memory_gb) == (8, 8)
     assert (plan.typing, plan.softmax_fp16) == ("strong", False)
     assert plan.scale & (plan.scale - 1) == 0
     assert {name: len(profiles) for name, profiles in plan.profiles.items()} == {"encoder": 4, "decoder": 4}

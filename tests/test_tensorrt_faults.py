@@ -33,7 +33,7 @@ from tensorrt_fakes import fake_tensorrt
 
 from edge_asr.engine.graph import encoder_graph
 from edge_asr.errors import BrokenEngineError, EngineError, NotFiniteError
-from edge_asr.recognizer import tensorrt_network
+from edge_asr.recognizer import cuda, tensorrt_network
 from edge_asr.recognizer.cuda import FREE_MEMORY
 from edge_asr.recognizer.manifest import REMEDY
 from edge_asr.recognizer.network import DeviceArray
@@ -374,11 +374,13 @@ def test_the_machine_says_what_plans_depend_on(tmp_path: Path, monkeypatch: pyte
     tegra = tmp_path / "nv_tegra_release"
     tegra.write_text("# R36 (release), REVISION: 4.3, GCID: 38968081\n# KERNEL_VARIANT: oot\n")
     monkeypatch.setattr(tensorrt_network, "LEGACY_TEGRA", tegra)
-    with fake_tensorrt("10.3", sm="8.7", memory="1000000,8000000", name="Orin"):
+    with fake_tensorrt("10.3", sm="8.7", memory="1000000,8000000", name="Orin", multiprocessors=16) as gpu:
         found = machine()
+        assert gpu.live["primary contexts"] == 0, "it takes a second on a Jetson"
+        assert cuda.free_bytes(0) == 1_000_000
     assert (found.tensorrt, found.cuda, found.driver, found.gpu, found.sm) == ("10.3.0", "12.6", "12.6", "Orin", "8.7")
-    assert (found.free_bytes, found.total_bytes) == (1_000_000, 8_000_000)
+    assert (found.multiprocessors, found.total_bytes, found.integrated) == (16, 8_000_000, True)
     assert found.l4t == "# R36 (release), REVISION: 4.3, GCID: 38968081"
     tegra.unlink()
-    with fake_tensorrt("11.4"):
-        assert (machine().l4t, machine().cuda) == (None, "13.2")
+    with fake_tensorrt("11.4", integrated=0):
+        assert (machine().l4t, machine().cuda, machine().integrated) == (None, "13.2", False)

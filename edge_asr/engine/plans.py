@@ -71,7 +71,7 @@ def build_plans(
     not hear what fp32 hears; UnknownGraphError where the weights cannot be taken apart.
     """
     facts = _machine(gpu)
-    _check_memory(bundle, facts)
+    _check_memory(bundle, facts, gpu)
     steps = Steps(progress, TENSORRT)
     sounds = recordings(bundle)
     written = _write(bundle, folder, sounds, threads, config, steps)
@@ -106,10 +106,10 @@ def _machine(gpu: int) -> GpuFacts:
         raise EngineError(f"{TENSORRT} cannot be built here: {error}; or take --target onnx") from error
 
 
-def _check_memory(bundle: Bundle, facts: GpuFacts) -> None:
+def _check_memory(bundle: Bundle, facts: GpuFacts, gpu: int) -> None:
     kind = next(kind for kind in SOURCES[FP32] if kind in bundle.files)
     weights = bundle.files[kind].stat().st_size * (4 if kind == INT8 else 1)
-    needed, free = MEMORY_FOR_WEIGHTS * weights, free_bytes(facts)
+    needed, free = MEMORY_FOR_WEIGHTS * weights, free_bytes(facts, gpu)
     if free < needed:
         raise EngineError(
             f"TensorRT needs about {needed >> 20} MB of free memory to build {bundle.name}, here are {free >> 20} MB;"
@@ -204,6 +204,8 @@ def _describe(facts: GpuFacts, config: TensorRtConfig, scale: int, profiles: dic
         cuda=facts.cuda,
         gpu=facts.gpu,
         sm=facts.sm,
+        multiprocessors=facts.multiprocessors,
+        memory_gb=facts.memory_gb,
         l4t=facts.l4t,
         typing=typing(),
         softmax_fp16=config.softmax_fp16,

@@ -15,6 +15,7 @@ import onnx
 from edge_asr.engine.profiles import Profile
 from edge_asr.errors import EngineError
 from edge_asr.memory import available_bytes
+from edge_asr.recognizer import cuda
 from edge_asr.recognizer.cuda import Gpu
 from edge_asr.recognizer.tensorrt_network import GpuFacts, machine
 from edge_asr.recognizer.tensorrt_plan import tensorrt_log
@@ -106,13 +107,13 @@ def _build(
         _keep_cache(cache, options.cache, out.with_suffix(".timing"), facts)
 
 
-def free_bytes(facts: GpuFacts) -> int:
-    """Return how much memory a builder can get.
+def free_bytes(facts: GpuFacts, gpu: int) -> int:
+    """Return how much memory a builder can get on a GPU. Raises EngineError.
 
     On a Jetson, GPU and host share theirs, and only the host's figure counts what caches would give back.
     """
     host = available_bytes()
-    return host if facts.l4t is not None else min(host, facts.free_bytes)
+    return host if facts.integrated else min(host, cuda.free_bytes(gpu))
 
 
 def _is_strong(trt: Any) -> bool:
@@ -131,8 +132,10 @@ def _network_flags(trt: Any) -> int:
 def _config(trt: Any, builder: Any, profiles: Sequence[Profile], facts: GpuFacts, options: PlanOptions) -> Any:
     config = builder.create_builder_config()
     config.clear_flag(trt.BuilderFlag.TF32)  # it is for what half precision is too coarse for
-    workspace = int(free_bytes(facts) * WORKSPACE_SHARE) if options.workspace_mb is None else options.workspace_mb << 20
-    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, max(workspace, LEAST_WORKSPACE))
+    workspace = free_bytes(facts, options.gpu) * WORKSPACE_SHARE
+    if options.workspace_mb is not None:
+        workspace = options.workspace_mb << 20
+    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, max(int(workspace), LEAST_WORKSPACE))
     # Without cuBLAS and cuDNN, which 8.x would load: hundreds of megabytes.
     own = 1 << int(trt.TacticSource.EDGE_MASK_CONVOLUTIONS) | 1 << int(trt.TacticSource.JIT_CONVOLUTIONS)
     if not config.set_tactic_sources(own):
@@ -279,7 +282,8 @@ def _keep_cache(cache: Any, path: Path, draft: Path, facts: GpuFacts) -> None:
 
 def _cache_digest(known: bytes, facts: GpuFacts) -> bytes:
     """Return the hash that a cache begins with: another release of TensorRT or GPU, or a flipped bit, changes it."""
-    return hashlib.sha256(f"{facts.tensorrt} {facts.gpu} {facts.sm} ".encode() + known).digest()
+    here = f"{facts.tensorrt} {facts.gpu} {facts.sm} {facts.multiprocessors} {facts.memory_gb} "
+    return hashlib.sha256(here.encode() + known).digest()
 
 
 def _write(path: Path, content: bytes | memoryview) -> None:

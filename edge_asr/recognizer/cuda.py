@@ -170,6 +170,10 @@ class Facts:
     name: str
     sm: str
     """Compute capability, `8.7`."""
+    multiprocessors: int
+    total_bytes: int
+    integrated: bool
+    """Its memory is the host's."""
 
 
 def facts(number: int) -> Facts:
@@ -185,20 +189,23 @@ def facts(number: int) -> Facts:
         driver=f"{newest // 1000}.{newest % 1000 // 10}",
         name=device.name(),
         sm=".".join(map(str, device.compute_capability())),
+        multiprocessors=device.get_attribute(driver.device_attribute.MULTIPROCESSOR_COUNT),
+        total_bytes=device.total_memory(),
+        integrated=bool(device.get_attribute(driver.device_attribute.INTEGRATED)),
     )
 
 
-def free_and_total(number: int) -> tuple[int, int]:
-    """Return the bytes of a GPU's memory that are free, and all. Raises EngineError."""
+def free_bytes(number: int) -> int:
+    """Return how much of a GPU's memory is free, which takes a context. Raises EngineError."""
     import pycuda.driver as driver
 
     gpu = Gpu(number)
     try:
         with gpu.current():
-            free, total = driver.mem_get_info()
+            free, _ = driver.mem_get_info()
     finally:
         gpu.close()
-    return int(free), int(total)
+    return int(free)
 
 
 def unavailable(number: int) -> str | None:

@@ -73,6 +73,10 @@ class Plan:
     """Its name."""
     sm: str
     """Compute capability, such as `8.7`."""
+    multiprocessors: int
+    """Kernels are chosen for so many: every Orin is called so, whether it has 4 or 16 of them switched on."""
+    memory_gb: int
+    """All that the GPU has, rounded."""
     l4t: str | None
     """First line of /etc/nv_tegra_release; None where the machine is no Jetson."""
     typing: str
@@ -252,6 +256,8 @@ def _unfit_for_gpu(plan: Plan, gpu: int, tensorrt: TensorRtConfig) -> str | None
         "TensorRT": (plan.tensorrt, here.tensorrt),
         "GPU": (plan.gpu, here.gpu),
         "compute capability": (plan.sm, here.sm),
+        "multiprocessors": (plan.multiprocessors, here.multiprocessors),
+        "memory in GB": (plan.memory_gb, here.memory_gb),
         "CUDA": (plan.cuda.partition(".")[0], here.cuda.partition(".")[0]),
         "L4T": (plan.l4t or "none", here.l4t or "none"),
     }

@@ -40,7 +40,7 @@ class TensorRtOptions:
 
 @dataclass(frozen=True, slots=True)
 class GpuFacts:
-    """What a plan depends on, and the memory that it finds."""
+    """What a plan depends on."""
 
     tensorrt: str
     cuda: str
@@ -50,10 +50,18 @@ class GpuFacts:
     gpu: str
     sm: str
     """Compute capability, `8.7`."""
+    multiprocessors: int
+    """How many are switched on: boards of one name, and power modes of one board, differ in that."""
     total_bytes: int
-    free_bytes: int
+    integrated: bool
+    """Its memory is the host's."""
     l4t: str | None
     """First line of /etc/nv_tegra_release; None where the machine is no Jetson."""
+
+    @property
+    def memory_gb(self) -> int:
+        """All of its memory, rounded: another release of the system keeps another bit of it to itself."""
+        return round(self.total_bytes / 2**30)
 
 
 def unavailable(gpu: int = 0) -> str | None:
@@ -71,16 +79,15 @@ def unavailable(gpu: int = 0) -> str | None:
 
 
 def machine(gpu: int = 0) -> GpuFacts:
-    """Return what plans depend on here. Raises EngineError where there is no TensorRT, or the GPU fails."""
+    """Return what plans depend on here, without touching the GPU. Raises EngineError where TensorRT or GPU lacks."""
     if (why := unavailable(gpu)) is not None:
         raise EngineError(why)
     import tensorrt
 
     facts = cuda.facts(gpu)
-    free, total = cuda.free_and_total(gpu)
     return GpuFacts(
         tensorrt=str(tensorrt.__version__), cuda=facts.cuda, driver=facts.driver, gpu=facts.name, sm=facts.sm,
-        total_bytes=total, free_bytes=free, l4t=_l4t(),
+        multiprocessors=facts.multiprocessors, total_bytes=facts.total_bytes, integrated=facts.integrated, l4t=_l4t(),
     )  # fmt: skip
 
 

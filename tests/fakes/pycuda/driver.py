@@ -151,7 +151,7 @@ class Device:
 
     def get_attribute(self, attribute):
         return {
-            device_attribute.MULTIPROCESSOR_COUNT: 8,
+            device_attribute.MULTIPROCESSOR_COUNT: gpu.multiprocessors,
             device_attribute.INTEGRATED: gpu.integrated,
             device_attribute.CLOCK_RATE: 918000,
             device_attribute.COMPUTE_CAPABILITY_MAJOR: gpu.sm[0],
