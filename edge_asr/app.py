@@ -23,6 +23,7 @@ from edge_asr.pipeline import Gates, Labels, Listener, TranscriptSink
 from edge_asr.publish.mqtt import MqttPublisher
 from edge_asr.recognizer.bundle import Bundle, read_bundle
 from edge_asr.sources import WatchedSource
+from edge_asr.speech.completeness import ContentEndpoint, normalize
 from edge_asr.speech.segmenter import ENDPOINTS, Rules, Segmenter
 from edge_asr.speech.vad import SileroDetector
 from edge_asr.transcribe import transcribe
@@ -43,6 +44,13 @@ def segment_rules(config: SegmentConfig) -> Rules:
         min_speech=round(config.min_speech_ms / 1e3 / CHUNK_S),
         max_length=math.ceil(config.max_s * SAMPLE_RATE / CHUNK_SAMPLES),  # a sound of exactly max_s stays whole
     )
+
+
+def content_endpoint(config: SegmentConfig) -> ContentEndpoint | None:
+    """Return what sets the length of a pause by its text; None: the preset alone does."""
+    if not config.content_endpointing:
+        return None
+    return ContentEndpoint(ENDPOINTS[config.preset], frozenset(map(normalize, config.phrases)))
 
 
 def choose_gates(config: GatesConfig, bundle: Bundle) -> Gates:
@@ -183,6 +191,7 @@ class Daemon:
             Labels(self._config.device_id, source.name, self._bundle.name),
             choose_gates(self._config.gates, self._bundle),
             source.live,
+            content_endpoint(self._config.segment),
         )
 
     async def _listen(self, listener: Listener, source: WatchedSource) -> None:

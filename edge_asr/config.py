@@ -125,6 +125,12 @@ def _device(value: Any) -> Any:
     return value
 
 
+def _phrase(value: str) -> str:
+    if not re.search(r"[^\W_]", value):
+        raise ValueError("should be words, such as 打开客厅灯")
+    return value
+
+
 def _number(value: Any) -> Any:
     # YAML reads yes, no, on and off as booleans, and pydantic would go on to read those as 1 and 0.
     if isinstance(value, bool):
@@ -291,6 +297,10 @@ class SegmentConfig(Section):
 
     preset: Literal["aggressive", "default", "relaxed"] = "default"
     """How long a pause ends a segment: 160, 384 or 800 ms."""
+    content_endpointing: bool = True
+    """Live sources: the text before a pause may end a complete phrase sooner, and wait where it ends open."""
+    phrases: tuple[Annotated[str, AfterValidator(_phrase)], ...] = ()
+    """What is complete as it stands; capitals, spaces and punctuation do not matter."""
     max_s: Number = Field(default=30.0, ge=8, le=30)
     """A longer segment is split at its quietest chunk."""
     threshold: Number = Field(default=0.5, gt=0, lt=1)

@@ -252,9 +252,13 @@ def _parse(key: Key, text: str) -> Any:
 def _is_text(annotation: Any, key: Key) -> bool:
     candidates = list(_flatten(annotation))
     if not key:
+        if typing.get_origin(annotation) is tuple:  # a list of texts is none itself
+            return False
         return any(candidate in (str, SecretStr, Path) or isinstance(candidate, str) for candidate in candidates)
     if isinstance(key[0], int):
-        return _is_text(annotation, key[1:])
+        return _is_text(
+            typing.get_args(annotation)[0] if typing.get_origin(annotation) is tuple else annotation, key[1:]
+        )
     models = [candidate for candidate in candidates if isinstance(candidate, type) and issubclass(candidate, Section)]
     found = [model.model_fields[key[0]] for model in models if key[0] in model.model_fields]
     return any(_is_text(field_.annotation, key[1:]) for field_ in found)
@@ -332,7 +336,7 @@ def _complaint(key: Key, details: ErrorDetails) -> str:
     if kind in ("model_type", "model_attributes_type", "dict_type"):
         return "should hold keys, each with its value"
     if kind == "tuple_type":
-        return "should be a list, such as [{kind: stdin}]"
+        return f"should be a list, such as {'[{kind: stdin}]' if key[0] == 'sources' else '[打开客厅灯]'}"
     if given is None:
         return "has no value; set it, or remove the line to get the default"
     if kind in ("string_type", "path_type") and isinstance(given, (bool, int, float)):

@@ -20,6 +20,7 @@ from edge_asr import metrics
 from edge_asr.audio.source import AudioSource
 from edge_asr.errors import EngineError
 from edge_asr.recognizer.scheduler import Scheduler
+from edge_asr.speech.completeness import ContentEndpoint
 from edge_asr.speech.energy import end_of_sound
 from edge_asr.speech.segmenter import Ended, Event, Paused, Resumed, Segmenter, Split, Started
 from edge_asr.speech.vad import SpeechDetector
@@ -117,8 +118,12 @@ class Listener:
         labels: Labels,
         gates: Gates,
         live: bool,
+        content_endpoint: ContentEndpoint | None = None,
     ) -> None:
-        """`live`: chunks come at the pace of time, so a pause is worth decoding at once and wall-clock times exist."""
+        """`live`: chunks come at the pace of time, so a pause is worth decoding at once and wall-clock times exist.
+
+        `content_endpoint`: how long a pause may last once its text is known; None: as long as the preset says.
+        """
         self._source = source
         self._detector = detector
         self._segmenter = segmenter
@@ -127,6 +132,7 @@ class Listener:
         self._labels = labels
         self._gates = gates
         self._live = live
+        self._content_endpoint = content_endpoint
         self._recording = Recording()
         self._pending: asyncio.Queue[tuple[Segment, Future[Recognition], bool] | None] = asyncio.Queue(PENDING_LIMIT)
         self._id: SegmentId | None = None
@@ -135,6 +141,8 @@ class Listener:
         self.lost = 0
         """Segments that the engine failed on."""
         self._early: tuple[int, int, Future[Recognition]] | None = None
+        self._unjudged: Future[Recognition] | None = None
+        """The decode at the present pause, until its text has set the endpoint."""
 
     async def run(self) -> None:
         """Listen until the source ends, and until its last transcript is offered. Raises AudioError."""
@@ -145,6 +153,8 @@ class Listener:
                     await self._interrupt()
                     continue
                 self._recording.append(chunk)
+                if self._unjudged is not None and self._unjudged.done():
+                    self._judge(self._unjudged)
                 for event in self._segmenter.step(self._detector(chunk)):
                     await self._handle(event)
                 self._recording.forget(self._segmenter.earliest_needed)
@@ -187,7 +197,9 @@ class Listener:
                 self._id, self._revision = new_segment_id(), 0
             case Paused(start, end):
                 if self._live:
-                    self._early = (start, end, self._decode(start, end))
+                    future = self._decode(start, end)
+                    self._early = (start, end, future)
+                    self._unjudged = None if self._content_endpoint is None else future
             case Resumed():
                 self._revision += 1
                 self._drop_early()
@@ -202,6 +214,7 @@ class Listener:
         """Queue the segment with its recognition: the one begun at the pause if it is of the same audio."""
         segment = self._cut(start, end, speech)
         metrics.SEGMENTS.inc()
+        self._unjudged = None
         if self._early is not None and self._early[:2] == (start, end):
             (*_, future), self._early = self._early, None
             await self._pending.put((segment, future, True))
@@ -213,7 +226,14 @@ class Listener:
         chunks = self._recording.between(start, end)
         return self._scheduler.submit(np.concatenate([chunk.samples for chunk in chunks]))
 
+    def _judge(self, decode: Future[Recognition]) -> None:
+        """Let the text before the pause decide how long the pause may last. A failed decode leaves it to the preset."""
+        self._unjudged = None
+        if self._content_endpoint is not None and not decode.cancelled() and decode.exception() is None:
+            self._segmenter.endpoint_after(self._content_endpoint.chunks(decode.result().text))
+
     def _drop_early(self) -> None:
+        self._unjudged = None
         if self._early is not None:
             self._early[2].cancel()
             self._early = None

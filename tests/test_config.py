@@ -129,6 +129,13 @@ def test_sources_can_be_given_whole_and_entry_by_entry() -> None:
     assert whole.sources[0].realtime
 
 
+def test_phrases_can_be_given_whole_and_one_by_one() -> None:
+    whole = load_config(None, ["segment.phrases=[开灯, turn on the light]"], {})
+    single = load_config(None, ["segment.phrases.0=开灯", "segment.phrases.1=turn on the light"], {})
+    assert whole.segment.phrases == single.segment.phrases == ("开灯", "turn on the light")
+    assert load_config(None, ["segment.phrases.0=110"], {}).segment.phrases == ("110",)
+
+
 def test_text_from_outside_the_file_is_taken_as_it_stands() -> None:
     overrides = ["mqtt.username=yes", "mqtt.password=0123", "device_id=12", "mqtt.client_id=null"]
     config = load_config(None, overrides, {})
@@ -288,6 +295,8 @@ def test_wrong_sources_are_explained(sources: str, message: str) -> None:
         (f"mqtt.port=0x{'f' * 6000}", "-o mqtt.port: should be less than or equal to 65535; got a number of thousands"),
         (f"drain_s={'[' * 5000}", "-o drain_s: is nested too deeply"),
         (f"sources.{'1' * 5000}=1", "sources: should be a list"),
+        ("segment.phrases=开灯", "-o segment.phrases: should be a list, such as [打开客厅灯]"),
+        ("segment.phrases=[开灯, 。]", "segment.phrases.1: should be words, such as 打开客厅灯"),
         ("=1", "-o =1: should be section.key=value"),
     ],
 )

@@ -16,7 +16,8 @@ from edge_asr.audio.microphone import MicrophoneSource
 from edge_asr.errors import EngineError
 from edge_asr.pipeline import PENDING_LIMIT, Gates, Labels, Listener
 from edge_asr.recognizer.scheduler import Scheduler
-from edge_asr.speech.segmenter import POST_ROLL, Rules, Segmenter
+from edge_asr.speech.completeness import ContentEndpoint
+from edge_asr.speech.segmenter import POST_ROLL, Ended, Event, Rules, Segmenter
 from edge_asr.types import CHUNK_S, CHUNK_SAMPLES, SAMPLE_RATE, Chunk, Recognition, Samples, Token, Transcript
 
 SPEECH, SILENCE, LOST = "x", ".", "!"
@@ -218,6 +219,155 @@ async def test_a_gap_in_silence_changes_nothing_but_the_times() -> None:
 async def test_stopping_after_a_gap_publishes_what_had_paused_before() -> None:
     heard = await hear(Fed("...xxxxxx...!..xxx", then_wait=True), CountingScheduler(), stop=True)
     assert [transcript.text for transcript in heard] == ["11"]
+
+
+KNOWN, OPEN_END, OTHER = "打开客厅灯。", "把空调调到", "现在几点"
+KNOWN_PHRASES = frozenset({"打 开 客 厅 灯"})
+
+
+class Told(Scheduler):
+    """A scheduler that answers with one given text after another (None: it fails), each after some more chunks."""
+
+    def __init__(self, texts: Sequence[str | None], late: int = 0) -> None:
+        super().__init__(lambda: Counting(iter(())))
+        self._texts = iter(texts)
+        self._late = late
+        self._waiting: list[tuple[Future[Recognition], str | None, int]] = []
+        self.asked: list[int] = []
+
+    def submit(self, samples: Samples) -> Future[Recognition]:
+        self.asked.append(len(samples) // CHUNK_SAMPLES)
+        future: Future[Recognition] = Future()
+        self._waiting.append((future, next(self._texts), self._late))
+        self.tick(0)
+        return future
+
+    def tick(self, chunks: int = 1) -> None:
+        """So much time has passed."""
+        waiting, self._waiting = self._waiting, []
+        for future, text, late in waiting:
+            if late > chunks:
+                self._waiting.append((future, text, late - chunks))
+            elif not future.set_running_or_notify_cancel():
+                continue
+            elif text is None:
+                future.set_exception(EngineError("the engine failed on purpose"))
+            else:
+                future.set_result(Recognition(text, (Token(text, None, None, 1.0),), 1.0))
+
+
+class Timing(Segmenter):
+    """The real segmenter, which also notes after how many chunks of silence a segment ended."""
+
+    def __init__(self, endpoint: int, scheduler: Told) -> None:
+        super().__init__(Rules(endpoint=endpoint, pre_roll=2, min_speech=2))
+        self._scheduler = scheduler
+        self._silence = 0
+        self.ended: list[int] = []
+
+    def step(self, probability: float) -> Iterator[Event]:
+        self._silence = 0 if probability else self._silence + 1
+        self._scheduler.tick()
+        for event in super().step(probability):
+            if isinstance(event, Ended):
+                self.ended.append(self._silence)
+            yield event
+
+
+async def endings(
+    pattern: str,
+    texts: Sequence[str | None],
+    preset: int = 12,
+    late: int = 0,
+    live: bool = True,
+    phrases: frozenset[str] | None = KNOWN_PHRASES,
+) -> tuple[list[int], list[Transcript], list[int]]:
+    """Return the silence that ended each segment, the transcripts, and what was decoded; phrases None: switched off."""
+    scheduler, sink = Told(texts, late), Collector()
+    segmenter = Timing(preset, scheduler)
+    endpoint = None if phrases is None else ContentEndpoint(preset, phrases)
+    labels = Labels("test", "fed", "told")
+    detector = ByLevel()
+    await Listener(Fed(pattern), detector, segmenter, scheduler, [sink], labels, Gates(), live, endpoint).run()
+    return segmenter.ended, sink.transcripts, scheduler.asked
+
+
+SENTENCE, SILENT = "...xxxxxx", "." * 40
+
+
+@pytest.mark.parametrize(("preset", "chunks"), [(5, 5), (12, 8), (25, 8)])
+async def test_a_known_phrase_ends_after_five_to_eight_chunks(preset: int, chunks: int) -> None:
+    ended, (transcript,), asked = await endings(SENTENCE + SILENT, [KNOWN], preset)
+    assert ended == [chunks]
+    assert asked == [2 + 6 + POST_ROLL]
+    assert transcript.text == KNOWN
+    assert transcript.decoded_at_pause
+    assert transcript.duration_s == pytest.approx(11 * CHUNK_S)
+
+
+@pytest.mark.parametrize("preset", [5, 12, 25])
+async def test_what_ends_open_is_waited_for_a_second_and_is_then_what_was_decoded_at_the_pause(preset: int) -> None:
+    ended, (transcript,), asked = await endings(SENTENCE + SILENT, [OPEN_END], preset)
+    assert ended == [31]
+    assert asked == [2 + 6 + POST_ROLL]
+    assert transcript.text == OPEN_END
+    assert transcript.decoded_at_pause
+    assert transcript.duration_s == pytest.approx(11 * CHUNK_S)
+
+
+@pytest.mark.parametrize("pause", [5, 12, 30])
+async def test_what_ends_open_is_joined_with_the_rest(pause: int) -> None:
+    texts = [OPEN_END, f"{OPEN_END}二十六度"]
+    ended, (transcript,), asked = await endings(SENTENCE + "." * pause + "xxxx" + SILENT, texts, preset=5)
+    assert transcript.text == texts[1]
+    assert ended == [5], "the preset again"
+    assert asked == [11, 2 + 6 + pause + 4 + POST_ROLL]
+
+
+@pytest.mark.parametrize("text", [OTHER, "", None], ids=["other", "nothing", "failed"])
+@pytest.mark.parametrize("preset", [5, 12, 25])
+async def test_a_text_that_tells_nothing_leaves_the_pause_to_the_preset(preset: int, text: str | None) -> None:
+    ended, _, _ = await endings(SENTENCE + SILENT, [text], preset)
+    assert ended == [preset]
+
+
+async def test_each_segment_goes_by_its_own_text() -> None:
+    ended, transcripts, _ = await endings((SENTENCE + SILENT) * 4, [OPEN_END, OTHER, KNOWN, OTHER])
+    assert ended == [31, 12, 8, 12]
+    assert [transcript.text for transcript in transcripts] == [OPEN_END, OTHER, KNOWN, OTHER]
+
+
+@pytest.mark.parametrize("text", [KNOWN, OPEN_END, OTHER])
+async def test_switched_off_nothing_but_the_preset_counts(text: str) -> None:
+    ended, (transcript,), _ = await endings(SENTENCE + SILENT, [text], phrases=None)
+    assert ended == [12]
+    assert transcript.text == text
+
+
+@pytest.mark.parametrize(("late", "chunks"), [(1, 8), (4, 8), (6, 10), (7, 11), (20, 12)])
+async def test_a_known_phrase_that_is_decoded_late_ends_with_the_next_chunk_but_never_after_the_preset(
+    late: int, chunks: int
+) -> None:
+    ended, (transcript,), asked = await endings(SENTENCE + SILENT, [KNOWN], late=late)
+    assert ended == [chunks]
+    assert asked == [11]
+    assert transcript.text == KNOWN
+
+
+async def test_what_is_decoded_after_the_preset_changes_neither_this_segment_nor_the_next() -> None:
+    ended, transcripts, _ = await endings(SENTENCE + "." * 14 + SENTENCE + SILENT, [OPEN_END, OTHER], late=15)
+    assert ended == [12, 12]
+    assert len(transcripts) == 2
+
+
+async def test_a_decode_that_is_overtaken_by_speech_sets_no_later_pause() -> None:
+    ended, _, _ = await endings(SENTENCE + "...." + "xxxx" + SILENT, [KNOWN, OTHER], late=3)
+    assert ended == [12]
+
+
+async def test_the_text_sets_no_pause_of_a_file_as_fast_as_it_goes() -> None:
+    ended, _, _ = await endings(SENTENCE + SILENT, [OPEN_END], live=False)
+    assert ended == [12]
 
 
 class Held:

@@ -161,6 +161,59 @@ def test_an_endpoint_no_longer_than_the_post_roll_pauses_and_ends_at_once(endpoi
     ]
 
 
+# An endpoint for one pause
+
+
+def told(sequence: str, at: int, chunks: int) -> list[tuple[int, Event]]:
+    """Return the events of a segmenter that is told, before chunk `at`, how long the pause may last."""
+    segmenter, seen = Segmenter(rules(endpoint=12)), []
+    for chunk, mark in enumerate(sequence):
+        if chunk == at:
+            segmenter.endpoint_after(chunks)
+        seen += [(chunk, event) for event in segmenter.step(LEVELS[mark])]
+    return seen
+
+
+@pytest.mark.parametrize("chunks", [5, 8, 12, 25, 31])
+def test_a_pause_lasts_as_long_as_it_is_told_and_the_segment_is_the_same(chunks: int) -> None:
+    assert told("SSS" + "." * 40, 6, chunks)[1:] == [(5, Paused(0, 6, 3)), (2 + chunks, Ended(0, 6, 3))]
+
+
+@pytest.mark.parametrize("chunks", [0, 5, 9])
+def test_a_pause_that_has_lasted_longer_than_it_is_told_ends_with_the_next_chunk(chunks: int) -> None:
+    assert told("SSS" + "." * 40, 2 + 10, chunks)[-1] == (2 + 10, Ended(0, 6, 3))
+
+
+def test_speech_in_the_next_chunk_still_resumes_a_segment_that_was_told_to_end() -> None:
+    assert told("SSS" + "." * 9 + "S", 12, 5)[-1] == (12, Resumed())
+
+
+def test_the_next_pause_of_a_segment_goes_by_the_rules_again() -> None:
+    assert told("SSS" + "." * 20 + "S" + "." * 40, 6, 31)[2:] == [
+        (23, Resumed()),
+        (26, Paused(0, 27, 4)),
+        (35, Ended(0, 27, 4)),
+    ]
+
+
+def test_the_next_segment_goes_by_the_rules_again() -> None:
+    assert told("SSS" + "." * 5 + "SSS" + "." * 12, 6, 5)[-1] == (22, Ended(6, 14, 3))
+
+
+@pytest.mark.parametrize("at", [1, 4, 5])
+def test_what_has_not_paused_cannot_be_told_when_to_end(at: int) -> None:
+    assert told("SSS" + "." * 40, at, 31) == told("SSS" + "." * 40, -1, 31)
+
+
+def test_a_segment_that_is_told_to_wait_ends_all_the_same_where_it_is_too_long() -> None:
+    segmenter = Segmenter(rules(endpoint=12, max_length=20))
+    seen: list[tuple[int, Event]] = []
+    for chunk, mark in enumerate("S" * 14 + "." * 20):
+        seen += [(chunk, event) for event in segmenter.step(LEVELS[mark])]
+        segmenter.endpoint_after(31)
+    assert seen[-1] == (19, Ended(0, 17, 14))
+
+
 # The end of the source
 
 
@@ -315,6 +368,25 @@ def test_after_a_cut_a_segmenter_is_as_a_new_one(
     assert [(chunk, moved(event, -len(chunks_of(before)))) for chunk, event in seen] == events(
         chunks_of(after), given_rules, finish=True
     )
+
+
+@PROPERTY
+@given(RUNS, any_rules(), st.integers(0, 40))
+def test_other_endpoints_change_when_a_segment_ends_but_neither_its_order_nor_its_post_roll(
+    runs: list[tuple[float, int]], given_rules: Rules, chunks: int
+) -> None:
+    segmenter, pause, floor = Segmenter(given_rules), None, 0
+    for probability in chunks_of(runs):
+        for event in segmenter.step(probability):
+            if isinstance(event, Paused):
+                pause = event
+                segmenter.endpoint_after(chunks)
+            if isinstance(event, Ended | Split):
+                assert floor <= event.start < event.end
+                floor = event.end
+            if isinstance(event, Ended):
+                assert pause is not None
+                assert (pause.start, pause.end, pause.speech) == (event.start, event.end, event.speech)
 
 
 @PROPERTY

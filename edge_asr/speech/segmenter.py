@@ -82,6 +82,7 @@ class Segmenter:
         self._start: int | None = None
         self._last_speech = -1
         self._paused = False
+        self._endpoint = rules.endpoint
         self._floor = 0
         self._run = 0
         self._history: deque[tuple[float, bool]] = deque(maxlen=rules.max_length + 1)
@@ -110,6 +111,14 @@ class Segmenter:
             self._history.append((probability, speech))
             yield from self._follow(chunk, speech)
 
+    def endpoint_after(self, chunks: int) -> None:
+        """End the segment once its present pause has lasted `chunks`; with the next chunk where it has already.
+
+        Ignored while nothing has paused. The next pause goes by the rules again.
+        """
+        if self._paused:
+            self._endpoint = chunks
+
     def finish(self) -> Iterator[Event]:
         """The source has ended: end the segment that is open, if any."""
         if self._start is not None:
@@ -118,7 +127,8 @@ class Segmenter:
     def cut(self) -> None:
         """Sound is missing before the next chunk: forget the segment that is open, and reach back no further."""
         self._floor = self._count
-        self._start, self._run, self._paused = None, 0, False
+        self._start, self._run = None, 0
+        self._leave_pause()
         self._history.clear()
 
     def _wait(self, chunk: int, probability: float, speech: bool) -> Iterator[Event]:
@@ -138,21 +148,22 @@ class Segmenter:
 
     def _follow(self, chunk: int, speech: bool) -> Iterator[Event]:
         assert self._start is not None
+        post_roll = min(POST_ROLL, self._rules.endpoint)
         if speech:
             self._last_speech = chunk
             if self._paused:
-                self._paused = False
+                self._leave_pause()
                 yield Resumed()
         else:
             silence = chunk - self._last_speech
-            if silence == min(POST_ROLL, self._rules.endpoint):
+            if silence == post_roll:
                 self._paused = True
                 yield Paused(self._start, chunk + 1, self._speech())
-            if silence >= self._rules.endpoint:
-                yield self._end(self._last_speech + 1 + min(POST_ROLL, self._rules.endpoint))
+            if silence >= self._endpoint:
+                yield self._end(self._last_speech + 1 + post_roll)
                 return
         if chunk + 1 - self._start >= self._rules.max_length:
-            yield self._end(self._last_speech + 1 + POST_ROLL) if self._paused else self._split()
+            yield self._end(self._last_speech + 1 + post_roll) if self._paused else self._split()
 
     def _speech(self) -> int:
         return sum(speech for _, speech in self._history)
@@ -161,9 +172,13 @@ class Segmenter:
         assert self._start is not None
         ended = Ended(self._start, end, self._speech())
         self._floor = end
-        self._start, self._run, self._paused = None, 0, False
+        self._start, self._run = None, 0
+        self._leave_pause()
         self._history.clear()
         return ended
+
+    def _leave_pause(self) -> None:
+        self._paused, self._endpoint = False, self._rules.endpoint
 
     def _split(self) -> Split:
         """Cut after the quietest of the last chunks before the last speech: the one least likely to be speech."""
@@ -176,7 +191,6 @@ class Segmenter:
         end = self._count - len(kept)
         split = Split(self._start, end, self._speech() - sum(speech for _, speech in kept))
         self._start = self._floor = end
-        self._paused = False
         self._history.clear()
         self._history.extend(kept)
         return split
