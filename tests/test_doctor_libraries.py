@@ -46,6 +46,14 @@ def test_another_tensorrt_is_a_warning_where_it_is_wanted(tmp_path: Path, versio
     assert libraries.tensorrt(patient(tmp_path, ORIN, answers, target="onnx")).status == "ok"
 
 
+def test_a_jetson_without_pycuda_is_told_which_one_cuda_13_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    answers = {**GPU_ANSWERS, "pycuda": Answer({}, missing="pycuda")}
+    assert "newer than 2025.1.1" in str(libraries.pycuda(patient(tmp_path, ORIN, answers)).remedy)
+
+
 def test_tensorrt_86_fails_where_it_is_a_must(tmp_path: Path) -> None:
     answers = {**GPU_ANSWERS, "tensorrt": Answer({"version": "8.6.2"})}
     assert libraries.tensorrt(patient(tmp_path, ORIN, answers, **STRICT)).status == "fail"

@@ -185,6 +185,29 @@ def test_no_library_beside_tensorrt_is_asked_for_kernels(release: str, halves: d
     assert names == {"EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS"}
 
 
+@pytest.mark.parametrize("release", [release for release in RELEASES if release != "11.4"])  # which has no others
+def test_all_libraries_are_asked_where_tensorrt_has_no_kernel_of_its_own(
+    release: str, halves: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with fake_tensorrt(release, bare=1):
+        import tensorrt
+
+        build_plan(graph_of(release, halves), encoder_profiles(), tmp_path / "plan", options_in(tmp_path), ignore)
+        assert built_plan(tmp_path / "plan").tactic_sources == (1 << len(tensorrt.TacticSource.__members__)) - 1
+    [line] = caplog.messages
+    assert "has no kernel of its own for" in line
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_lengths_that_change_are_quick_from_the_first_release_on(
+    release: str, halves: dict[str, Path], tmp_path: Path
+) -> None:
+    with fake_tensorrt(release):
+        build_plan(graph_of(release, halves), encoder_profiles(), tmp_path / "plan", options_in(tmp_path), ignore)
+        previews = built_plan(tmp_path / "plan").previews
+    assert previews == (["FASTER_DYNAMIC_SHAPES_0805"] if release == "8.5" else [])
+
+
 def test_what_the_parser_refuses_is_said_in_a_line_with_the_node(
     tmp_path: Path, halves: dict[str, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -322,6 +345,18 @@ def crashing(folder: Path, patch: pytest.MonkeyPatch, script: str) -> None:
     path.write_text(f"#!/bin/sh\n{script}\n")
     path.chmod(0o755)
     patch.setattr(sys, "executable", str(path))
+
+
+def test_the_builder_is_the_first_to_be_killed_where_memory_runs_out() -> None:
+    code = (
+        "from edge_asr.engine import plan_process as p;"
+        "p.build_plan = lambda *_: p._tell('share', p.OOM_SCORE.read_text().strip()); p.serve()"
+    )
+    request = {"model": "m", "profiles": [], "out": "o", "options": {"gpu": 0, "cache": "c", "workspace_mb": None}}
+    child = [sys.executable, "-c", code, json.dumps(request)]
+    with subprocess.Popen(child, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as started:
+        assert started.stdout is not None
+        assert json.loads(started.stdout.readline().strip("\x1e\n")) == ["share", "1000"]
 
 
 def test_what_the_builder_says_of_its_failure_comes_through(halves: dict[str, Path], tmp_path: Path) -> None:
@@ -519,13 +554,13 @@ def test_too_little_memory_is_said_before_anything_is_done(tmp_path: Path, monke
     with fake_tensorrt():
         refused(
             tmp_path / "engine",
-            r"TensorRT needs about 41 MB of free memory to build paraformer-tiny, here are 40 MB; [^\n]*--target onnx",
+            r"TensorRT needs about 1065 MB of free memory to build paraformer-tiny, here are 40 MB; .*--target onnx",
         )
 
 
 def test_too_little_memory_of_the_gpu_counts_as_well(tmp_path: Path) -> None:
     with fake_tensorrt(memory=f"{40 << 20},{GB}", integrated=0):
-        refused(tmp_path / "engine", r"TensorRT needs about 41 MB of free memory .*, here are 40 MB; .*")
+        refused(tmp_path / "engine", r"TensorRT needs about 1065 MB of free memory .*, here are 40 MB; .*")
 
 
 def test_plans_that_mumble_are_refused_and_the_old_engine_stays(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -638,6 +673,8 @@ def test_an_engine_for_the_processor_asks_nobody_about_a_gpu() -> None:
     ("settings", "config", "kept"),
     [
         ({}, {}, True),
+        ({"multiprocessors": 4}, {}, False),
+        ({"memory": f"{6 * GB},{16 * GB}"}, {}, False),
         ({}, {"workspace_mb": 100}, True),
         ({}, {"cuda_graphs": True}, True),
         pytest.param({"release": "10.13"}, {}, False, marks=pytest.mark.slow),

@@ -111,6 +111,7 @@ def pycuda(patient: Patient) -> Finding:
         remedy = "pip install 'edge-asr[tensorrt]'"
         if platform.machine() == "aarch64":
             remedy += ": no wheel for aarch64 is published, so it is built (needs nvcc), or take Jetson AI Lab's"
+            remedy += "; JetPack 7 (CUDA 13) needs one newer than 2025.1.1"
         return lacking(need, "Python does not find it", remedy)
     if answer.error is not None:
         remedy = "see cuda_driver" if "libcuda" in answer.error else "install it again: it was built for another CUDA"

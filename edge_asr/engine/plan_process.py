@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -21,6 +22,7 @@ from edge_asr.errors import EngineError
 
 log = logging.getLogger(__name__)
 
+OOM_SCORE = Path("/proc/self/oom_score_adj")
 MARK = "\x1e"
 """What begins what the child tells us: TensorRT's libraries may print as well."""
 
@@ -81,6 +83,7 @@ def _last_line(file: IO[str]) -> str:
 
 def serve() -> None:
     """Build what the command line asks for, and say on standard output how it goes: the child's side of the above."""
+    _go_first()
     request = json.loads(sys.argv[1])
     # Whoever is killed cannot end us: then its end of our standard input closes.
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
@@ -93,6 +96,12 @@ def serve() -> None:
         _tell("error", str(error))
     except OSError as error:
         _tell("error", f"{paths[1].parent}: a plan cannot be written there ({error}); name another folder with --out")
+
+
+def _go_first() -> None:
+    """Let the kernel end us where memory runs out: what a Jetson's GPU holds it does not count as ours."""
+    with contextlib.suppress(OSError):  # other systems have no such file
+        OOM_SCORE.write_text("1000", encoding="ascii")
 
 
 def _end_with_parent() -> None:

@@ -31,6 +31,8 @@ from edge_asr.types import SAMPLE_RATE, Samples
 
 MEMORY_FOR_WEIGHTS = 3
 """Of the weights in fp32, so much memory must be free: the builder holds them more than once."""
+MEMORY_FOR_LIBRARIES = 1 << 30
+"""And so much for CUDA, TensorRT and their kernels: an estimate."""
 SELF_TEST_S, LONG_S = 5, 20
 AGREE_HALF, AGREE_SPEECH = 0.9, 0.98
 """Share of tokens that must be as in fp32: in made-up sounds, where close calls flip, and in recordings."""
@@ -109,7 +111,7 @@ def _machine(gpu: int) -> GpuFacts:
 def _check_memory(bundle: Bundle, facts: GpuFacts, gpu: int) -> None:
     kind = next(kind for kind in SOURCES[FP32] if kind in bundle.files)
     weights = bundle.files[kind].stat().st_size * (4 if kind == INT8 else 1)
-    needed, free = MEMORY_FOR_WEIGHTS * weights, free_bytes(facts, gpu)
+    needed, free = MEMORY_FOR_LIBRARIES + MEMORY_FOR_WEIGHTS * weights, free_bytes(facts, gpu)
     if free < needed:
         raise EngineError(
             f"TensorRT needs about {needed >> 20} MB of free memory to build {bundle.name}, here are {free >> 20} MB;"

@@ -33,6 +33,7 @@ LEAST_WORKSPACE = 64 << 20
 DIGEST_BYTES = 32
 TELLING = 0.05
 """Progress by less is not told: TensorRT takes thousands of steps, and each may be a line in a log."""
+NO_KERNEL = "Could not find any implementation"
 SILENT = "it does not say why"
 REMEDY = "free memory, update TensorRT, or take --target onnx"
 
@@ -99,6 +100,12 @@ def _build(
         config.progress_monitor = monitor
     logger.errors.clear()  # of a cache that was not taken
     plan = builder.build_serialized_network(network, config)
+    usual = builder.create_builder_config().get_tactic_sources()
+    if plan is None and usual != config.get_tactic_sources() and any(NO_KERNEL in error for error in logger.errors):
+        log.warning("TensorRT %s has no kernel of its own for %s: all libraries are asked", facts.tensorrt, model.name)
+        logger.errors.clear()
+        config.set_tactic_sources(usual)
+        plan = builder.build_serialized_network(network, config)
     if plan is None:
         last = logger.errors[-1] if logger.errors else SILENT
         raise EngineError(f"TensorRT {facts.tensorrt} cannot build {model.name}: {_one_line(last)}; {REMEDY}")
@@ -140,6 +147,8 @@ def _config(trt: Any, builder: Any, profiles: Sequence[Profile], facts: GpuFacts
     own = 1 << int(trt.TacticSource.EDGE_MASK_CONVOLUTIONS) | 1 << int(trt.TacticSource.JIT_CONVOLUTIONS)
     if not config.set_tactic_sources(own):
         log.warning("TensorRT %s keeps its own choice of tactic sources", facts.tensorrt)
+    if hasattr(trt.PreviewFeature, "FASTER_DYNAMIC_SHAPES_0805"):  # 8.5 has it off, and 10 has nothing else
+        config.set_preview_feature(trt.PreviewFeature.FASTER_DYNAMIC_SHAPES_0805, True)
     for shapes in profiles:
         profile = builder.create_optimization_profile()
         for name, (smallest, usual, largest) in shapes.items():

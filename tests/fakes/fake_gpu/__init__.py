@@ -8,6 +8,7 @@ FAKE_GPU_MEMORY     free,total in bytes
 FAKE_GPU_NAME
 FAKE_GPU_INTEGRATED 0: its memory is not the host's
 FAKE_GPU_MULTIPROCESSORS
+FAKE_GPU_BARE       1: TensorRT's own tactics have no kernel for it, those of all libraries do
 FAKE_GPU_OOM_AT     the n-th allocation fails
 FAKE_GPU_FAIL_AT    the n-th execution is a launch failure, and all that follows fails
 FAKE_GPU_NAN_AT     the n-th execution and all later ones answer NaN
@@ -103,6 +104,7 @@ class Gpu:
         self.name = environ.get("FAKE_GPU_NAME", "Fake Orin (nvgpu)")
         self.integrated = int(environ.get("FAKE_GPU_INTEGRATED", 1))
         self.multiprocessors = int(environ.get("FAKE_GPU_MULTIPROCESSORS", 8))
+        self.bare = int(environ.get("FAKE_GPU_BARE", 0))
         self.out_of_memory_at = int(environ.get("FAKE_GPU_OOM_AT", 0))
         self.fail_at = int(environ.get("FAKE_GPU_FAIL_AT", 0))
         self.nan_at = int(environ.get("FAKE_GPU_NAN_AT", 0))

@@ -12,7 +12,7 @@ _NAMES = {
     _runtime: "Runtime ICudaEngine IExecutionContext",
     _types: (
         "BuilderFlag DataType Dims IHostMemory ILogger LayerType Logger MemoryPoolType NetworkDefinitionCreationFlag"
-        " OnnxParserFlag ProfilingVerbosity TacticSource TensorIOMode TensorLocation nptype"
+        " OnnxParserFlag PreviewFeature ProfilingVerbosity TacticSource TensorIOMode TensorLocation nptype"
     ),
 }
 for _module, _names in _NAMES.items():

@@ -21,6 +21,7 @@ from tensorrt._types import (
     IProgressMonitor,
     MemoryPoolType,
     NetworkDefinitionCreationFlag,
+    PreviewFeature,
     ProfilingVerbosity,
     TacticSource,
     require_gpu,
@@ -101,6 +102,7 @@ class IBuilderConfig:
         self._cache = None
         self._tactics = None
         self._monitor = None
+        self._previews = {}
 
     def set_flag(self, flag):
         self.flags |= 1 << _flag(flag).value
@@ -137,6 +139,14 @@ class IBuilderConfig:
 
     def get_tactic_sources(self):
         return (1 << len(TacticSource.__members__)) - 1 if self._tactics is None else self._tactics
+
+    def set_preview_feature(self, feature, enable):
+        if not isinstance(feature, PreviewFeature):
+            raise TypeError("set_preview_feature(): incompatible function arguments")
+        self._previews[feature.name] = enable
+
+    def get_preview_feature(self, feature):
+        return self._previews.get(feature.name, False)
 
     def create_timing_cache(self, serialized_timing_cache):
         return ITimingCache._read(serialized_timing_cache)
@@ -224,6 +234,9 @@ def _build(network, config):
     gpu = fake_gpu.gpu
     if gpu.available < 2 * len(data):
         raise _BuildError("Internal Error (Could not find any implementation due to insufficient memory)")
+    everything = (1 << len(TacticSource.__members__)) - 1
+    if gpu.bare and config.get_tactic_sources() != everything:
+        raise _BuildError("Internal Error (Could not find any implementation for node {ForeignNode[norm]}.)")
     _report(getattr(config, "progress_monitor", None), len(profiles) or 1)
     if config._cache is not None:
         config._cache._entries[hashlib.sha256(data).hexdigest()] = len(data)
@@ -232,6 +245,7 @@ def _build(network, config):
         sm=list(gpu.sm),
         profiles=profiles,
         flags=flags,
+        previews=sorted(name for name, on in config._previews.items() if on),
         strongly_typed=network._strong,
         workspace=config._pools.get(MemoryPoolType.WORKSPACE),
         tactic_sources=config._tactics,

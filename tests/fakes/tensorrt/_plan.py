@@ -18,6 +18,7 @@ class Plan:
     profiles: list
     """For each profile, by input: the least, the best and the greatest shape."""
     flags: list
+    previews: list
     strongly_typed: bool
     workspace: int | None
     """The limit that was set; None: all memory of the device."""
