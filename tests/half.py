@@ -26,7 +26,9 @@ TYPES: dict[int, Any] = {
 class HalfNetwork:
     """A graph, run node by node; see Network."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, narrow_sums: bool = False) -> None:
+        """`narrow_sums`: products of FP16 are added up in FP16, a few at a time."""
+        self._operators = {**OPERATORS, "MatMul": _narrow_product} if narrow_sums else OPERATORS
         self._graph = graph
         self._last = _last_readers(graph)
 
@@ -41,7 +43,7 @@ class HalfNetwork:
             for number, node in enumerate(skeleton.node):
                 arrays = [known[name] for name in node.input]
                 attributes = {item.name: onnx.helper.get_attribute_value(item) for item in node.attribute}
-                answers = OPERATORS[node.op_type](*arrays, **attributes)
+                answers = self._operators[node.op_type](*arrays, **attributes)
                 known.update(zip(node.output, answers if isinstance(answers, list) else [answers], strict=True))
                 for name in self._last.get(number, ()):
                     del known[name]
@@ -77,6 +79,17 @@ def _single(function: Callable[..., Array]) -> Callable[..., Array]:
         return function(*(array.astype(np.float32, copy=False) for array in arrays), **attributes).astype(kind)
 
     return rounded
+
+
+def _narrow_product(a: Array, b: Array) -> Array:
+    if _same_type(a, b) != np.float16:
+        product: Array = np.matmul(a, b)
+        return product
+    total: Array = np.zeros((), np.float16)
+    for start in range(0, a.shape[-1], 16):
+        few = a[..., start : start + 16].astype(np.float32) @ b[..., start : start + 16, :].astype(np.float32)
+        total = (total + few).astype(np.float16)
+    return total
 
 
 def _conv(x: Array, weight: Array, *bias: Array, kernel_shape: list[int], pads: list[int], group: int = 1) -> Array:

@@ -149,7 +149,8 @@ def test_an_engine_that_is_not_there_yet_is_built_at_the_first_start(tmp_path: P
 
 PLAN = Plan(
     tensorrt="10.3.0", cuda="12.6", gpu="Orin", sm="8.7", multiprocessors=8, memory_gb=7,
-    l4t=release(36, "4.7").splitlines()[0], typing="strong", softmax_fp16=False, scale=1, profiles={},
+    l4t=release(36, "4.7").splitlines()[0], typing="strong", softmax_fp16=False, accumulation="fp16",
+    scale=1, profiles={},
 )  # fmt: skip
 HERE = GpuFacts(
     tensorrt="10.3.0", cuda="12.6", driver="12.6", gpu="Orin", sm="8.7", multiprocessors=8,

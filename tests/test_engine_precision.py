@@ -17,6 +17,7 @@ import random_engine
 import random_weights
 from bundled import BUNDLE, load, sound_of, transcripts, write_wav
 from half import HalfNetwork
+from onnx import TensorProto, helper
 from random_engine import weights_from
 
 from edge_asr.engine import trial
@@ -616,6 +617,17 @@ def test_the_backend_computes_in_fp32_as_onnxruntime_does(
     for change in (lambda graph: graph, opset13):
         recognizer = bundled.changed(change).rounded()
         assert apart([recognizer.decode(sound) for sound in sounds[:3]], expected[:3]) < EXACT
+
+
+@pytest.mark.parametrize("wide_sums", [False, True], ids=["narrow sums", "wide sums"])
+def test_long_sums_lose_less_where_they_are_told_to_be_in_fp32(wide_sums: bool) -> None:
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, size]) for name, size in (("x", 4096), ("y", 1)))
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["m"], name="m"), helper.make_node("Sqrt", ["m"], ["y"], name="y")]
+    model = helper.make_model(helper.make_graph(nodes, "sum", [x], [y]))
+    exact = Graph(model, {"w": np.full((4096, 1), 0.9, np.float32)})
+    network = HalfNetwork(half(exact, wide_sums=wide_sums), narrow_sums=True)
+    off = abs(float(network.run({"x": np.ones((1, 4096), np.float32)})["y"].item()) - (0.9 * 4096) ** 0.5)
+    assert off < 0.02 if wide_sums else off > 0.2
 
 
 def test_the_backend_lets_fp16_overflow() -> None:

@@ -455,7 +455,7 @@ def test_the_manifest_tells_the_truth(engine: Path) -> None:
     assert plan is not None
     assert (plan.tensorrt, plan.gpu, plan.sm, plan.l4t) == ("10.3.0", "Fake Orin (nvgpu)", "8.7", None)
     assert (plan.multiprocessors, plan.memory_gb) == (8, 8)
-    assert (plan.typing, plan.softmax_fp16) == ("strong", False)
+    assert (plan.typing, plan.softmax_fp16, plan.accumulation) == ("strong", False, "fp16")
     assert plan.scale & (plan.scale - 1) == 0
     assert {name: len(profiles) for name, profiles in plan.profiles.items()} == {"encoder": 4, "decoder": 4}
     assert plan.profiles["encoder"][0]["x"] == [[1, 1, 560], [1, 34, 560], [1, 64, 560]]
@@ -564,8 +564,8 @@ def test_too_little_memory_of_the_gpu_counts_as_well(tmp_path: Path) -> None:
 
 
 def test_plans_that_mumble_are_refused_and_the_old_engine_stays(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def deaf(graph: Graph, softmax: bool) -> Graph:
-        written = half(graph, softmax)
+    def deaf(graph: Graph, softmax: bool, wide_sums: bool) -> Graph:
+        written = half(graph, softmax, wide_sums)
         tensors = {
             name: array[..., ::-1].copy() if "output_layer" in name else array
             for name, array in written.tensors.items()
@@ -580,6 +580,24 @@ def test_plans_that_mumble_are_refused_and_the_old_engine_stays(copy: Path, monk
             r" the same\); [^\n]*",
         )
         assert text_of(copy) == transcripts()["01.wav"]
+
+
+def test_plans_that_mumble_are_built_again_with_wide_sums(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def coarse(graph: Graph, softmax: bool, wide_sums: bool) -> Graph:
+        written = half(graph, softmax, wide_sums)
+        flipped = {name: a[..., ::-1].copy() if "output_layer" in name else a for name, a in written.tensors.items()}
+        return written if wide_sums else dataclasses.replace(written, tensors=flipped)
+
+    monkeypatch.setattr(plans, "half", coarse)
+    with fake_tensorrt():
+        manifest = build_engine(read_bundle(BUNDLE), TENSORRT, tmp_path, threads=1)
+        assert text_of(tmp_path) == transcripts()["01.wav"]
+    assert manifest.plan is not None
+    assert manifest.plan.accumulation == "fp32"
+    assert len(list(tmp_path.glob("*.plan"))) == 2
+    assert "are built again, with products added up in FP32: " in caplog.text
 
 
 @pytest.mark.slow

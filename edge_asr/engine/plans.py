@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import logging
 import wave
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,13 +22,15 @@ from edge_asr.engine.precision import calibrate, half, opset13, recordings, resc
 from edge_asr.engine.profiles import Profile, decoder_profiles, encoder_profiles
 from edge_asr.engine.tensorrt_build import PlanOptions, free_bytes, knows_layer_norm, typing
 from edge_asr.engine.weights import UnknownGraphError
-from edge_asr.errors import EngineError
+from edge_asr.errors import BrokenEngineError, EngineError
 from edge_asr.recognizer import self_test
 from edge_asr.recognizer.bundle import FP32, INT8, Bundle
 from edge_asr.recognizer.manifest import TENSORRT, Plan, SelfTest, sha256_of
 from edge_asr.recognizer.paraformer import Ids, Paraformer
 from edge_asr.recognizer.tensorrt_network import GpuFacts, TensorRtOptions, load_networks, machine
 from edge_asr.types import SAMPLE_RATE, Samples
+
+log = logging.getLogger(__name__)
 
 MEMORY_FOR_WEIGHTS = 3
 """Of the weights in fp32, so much memory must be free: the builder holds them more than once."""
@@ -70,13 +73,29 @@ def build_plans(
     """Build the plans of both networks in `folder`; `cache`: the file of the timing cache.
 
     Raises EngineError where TensorRT, the GPU or the memory are not there, where TensorRT fails, or where the plans do
-    not hear what fp32 hears; UnknownGraphError where the weights cannot be taken apart.
+    not hear what fp32 hears, even with products added up in FP32; UnknownGraphError where the weights cannot be taken
+    apart.
     """
+    try:
+        return _build_plans(bundle, folder, cache, threads, gpu, config, progress, wide_sums=False)
+    except _RefusedError as error:
+        log.warning("%s: its plans are built again, with products added up in FP32: %s", bundle.name, error.__cause__)
+    return _build_plans(bundle, folder, cache, threads, gpu, config, progress, wide_sums=True)
+
+
+class _RefusedError(EngineError):
+    """Plans that do not hear what fp32 hears."""
+
+
+def _build_plans(
+    bundle: Bundle, folder: Path, cache: Path, threads: int, gpu: int, config: TensorRtConfig, progress: Progress,
+    wide_sums: bool,
+) -> Proven:  # fmt: skip
     facts = _machine(gpu)
     _check_memory(bundle, facts, gpu)
     steps = Steps(progress, TENSORRT)
     sounds = recordings(bundle)
-    written = _write(bundle, folder, sounds, threads, config, steps)
+    written = _write(bundle, folder, sounds, threads, config, steps, wide_sums)
     heard = _listen(bundle, written.fp32, folder, sounds, threads, steps)
     for path in written.fp32.files:
         path.unlink()  # plans are as large: there may be no room for both
@@ -94,10 +113,15 @@ def build_plans(
         beside=(folder / heard.self_test.sound,),
         metadata=written.metadata,
         self_test=heard.self_test,
-        plan=_describe(facts, config, written.scale, profiles),
+        plan=_describe(facts, config, written.scale, wide_sums, profiles),
     )
     steps("comparing with fp32", 0.95)
-    _compare(bundle, candidate, heard, sounds, gpu)
+    try:
+        _compare(bundle, candidate, heard, sounds, gpu)
+    except _RefusedError:
+        for path in (encoder, decoder):
+            path.unlink()
+        raise
     return Proven(candidate, heard.compared_tokens)
 
 
@@ -120,8 +144,9 @@ def _check_memory(bundle: Bundle, facts: GpuFacts, gpu: int) -> None:
 
 
 def _write(
-    bundle: Bundle, folder: Path, sounds: Sequence[Samples], threads: int, config: TensorRtConfig, steps: Steps
-) -> _Written:
+    bundle: Bundle, folder: Path, sounds: Sequence[Samples], threads: int, config: TensorRtConfig, steps: Steps,
+    wide_sums: bool,
+) -> _Written:  # fmt: skip
     """Write both networks in fp32 and in FP16; the weights are gone from memory afterwards."""
     networks = read_networks(bundle, FP32, True, steps.part(0.0, 0.05))
     steps("looking for the largest activations", 0.05)
@@ -131,7 +156,7 @@ def _write(
 
     def halved(graph: Graph, name: str) -> tuple[Path, Path]:
         steps(f"writing the {name} in FP16", 0.15)
-        halves = half(rescale(graph, calibration.scale, calibration.inner), config.softmax_fp16)
+        halves = half(rescale(graph, calibration.scale, calibration.inner), config.softmax_fp16, wide_sums)
         return (opset13(halves) if old else halves).write(folder, f"{name}-fp16")
 
     encoder, decoder = halved(networks.encoder, "encoder"), halved(networks.decoder, "decoder")
@@ -200,7 +225,9 @@ def _named_by_hash(path: Path) -> Path:
     return path.replace(path.with_name(f"{path.stem}-{sha256_of(path)[:HASH_DIGITS]}{path.suffix}"))
 
 
-def _describe(facts: GpuFacts, config: TensorRtConfig, scale: int, profiles: dict[str, list[Profile]]) -> Plan:
+def _describe(
+    facts: GpuFacts, config: TensorRtConfig, scale: int, wide_sums: bool, profiles: dict[str, list[Profile]]
+) -> Plan:
     return Plan(
         tensorrt=facts.tensorrt,
         cuda=facts.cuda,
@@ -211,6 +238,7 @@ def _describe(facts: GpuFacts, config: TensorRtConfig, scale: int, profiles: dic
         l4t=facts.l4t,
         typing=typing(),
         softmax_fp16=config.softmax_fp16,
+        accumulation="fp32" if wide_sums else "fp16",
         scale=scale,
         profiles={
             network: [{name: [list(shape) for shape in shapes] for name, shapes in one.items()} for one in many]
@@ -233,4 +261,5 @@ def _compare(bundle: Bundle, plans: Candidate, heard: _Heard, spoken: Sequence[S
                     trial.compare(_ids(recognizer, sounds), expected, share, slack=len(sounds))
             recognizer.recognize_batch([trial.babble(seconds) for seconds in trial.TRIED_S])  # has kernels of its own
     except (UnknownGraphError, EngineError) as error:
-        raise EngineError(f"TensorRT's plans of {bundle.name} were refused: {error}; or take --target onnx") from error
+        kind = EngineError if isinstance(error, BrokenEngineError) else _RefusedError
+        raise kind(f"TensorRT's plans of {bundle.name} were refused: {error}; or take --target onnx") from error

@@ -56,14 +56,15 @@ RECORDINGS, RECORDED_S = 16, 10
 """How many of a bundle's recordings are used, and how much of each."""
 
 
-def half(graph: Graph, softmax: bool = False) -> Graph:
+def half(graph: Graph, softmax: bool = False, wide_sums: bool = False) -> Graph:
     """Return a masked fp32 network in FP16, its inputs and outputs in FP32 as before, `ids` in INT32.
 
-    `softmax`: that of the attention in FP16 as well, with the addition of its mask. Raises EngineError where a weight
-    does not fit into FP16: it is never clipped.
+    `softmax`: that of the attention in FP16 as well, with the addition of its mask. `wide_sums`: products are added up
+    in FP32, which TensorRT may else do in FP16. Raises EngineError where a weight does not fit into FP16: it is never
+    clipped.
     """
     halves = _halves(graph, softmax)
-    writer = _Writer(graph.tensors, halves)
+    writer = _Writer(graph.tensors, halves, wide_sums)
     for node in graph.skeleton.graph.node:
         writer.add(node)
     model = _with(graph.skeleton, writer.nodes)
@@ -180,8 +181,8 @@ def _kept(node: onnx.NodeProto) -> bool:
 class _Writer:
     """Nodes and constants of a network in the making, each tensor cast at most once."""
 
-    def __init__(self, constants: Mapping[str, npt.NDArray[Any]], halves: set[str]) -> None:
-        self._constants, self._halves = constants, halves
+    def __init__(self, constants: Mapping[str, npt.NDArray[Any]], halves: set[str], wide_sums: bool) -> None:
+        self._constants, self._halves, self._wide_sums = constants, halves, wide_sums
         self._cast: set[str] = set()
         self.nodes: list[onnx.NodeProto] = []
         self.tensors: Tensors = {}
@@ -191,6 +192,12 @@ class _Writer:
         written.CopyFrom(node)
         wanted = node.output[0] in self._halves
         written.input[:] = [self._typed(name, wanted) for name in node.input]
+        if self._wide_sums and wanted and node.op_type == "MatMul":
+            written.input[:] = [self._widened(name) for name in written.input]
+            written.name = written.output[0] = f"{node.output[0]}.wide"
+            self.nodes.append(written)
+            self._append_cast(written.output[0], node.output[0], TensorProto.FLOAT16)
+            return
         if node.output[0] == "ids":
             written.name = written.output[0] = "ids.wide"
         self.nodes.append(written)
@@ -211,6 +218,13 @@ class _Writer:
         typed = f"{name}.half" if wanted else f"{name}.float"
         if typed not in self._cast:
             self._append_cast(name, typed, TensorProto.FLOAT16 if wanted else TensorProto.FLOAT)
+        return typed
+
+    def _widened(self, name: str) -> str:
+        """Return the name of a tensor in FP16 cast to FP32, its values as they are: TensorRT makes one kernel of it."""
+        typed = f"{name}.widened"
+        if typed not in self._cast:
+            self._append_cast(name, typed, TensorProto.FLOAT)
         return typed
 
     def _append_cast(self, name: str, output: str, kind: int) -> None:

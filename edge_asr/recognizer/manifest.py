@@ -82,6 +82,8 @@ class Plan:
     typing: str
     """`strong` or `weak`."""
     softmax_fp16: bool
+    accumulation: str
+    """What products are added up in: `fp16` where that is left to TensorRT, `fp32` where it is told to."""
     scale: int
     """The power of two that the encoder's stream was divided by."""
     profiles: Mapping[str, Any]
