@@ -139,6 +139,7 @@ def test_a_plan_that_there_is_no_room_for_is_refused_and_the_old_engine_goes_on(
     broker: Mosquitto, start: Start, state: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FAKE_GPU_MEMORY", "1000000,8000000000")
+    monkeypatch.setenv("FAKE_GPU_INTEGRATED", "0")  # one that shares the host's memory has plenty
     place = place_in(state)
     with Subscriber(broker.port) as subscriber:
         daemon = listening(start, broker.port, state)

@@ -251,7 +251,8 @@ def _compare(bundle: Bundle, plans: Candidate, heard: _Heard, spoken: Sequence[S
     """Raise EngineError unless the plans hear what fp32 heard."""
     try:
         encoder, decoder = load_networks(plans.encoder[0], plans.decoder[0], plans.metadata, TensorRtOptions(gpu))
-        with contextlib.closing(Paraformer(bundle, encoder, decoder, TENSORRT)) as recognizer:
+        with contextlib.closing(encoder), contextlib.closing(decoder):  # also where they do not make a recogniser
+            recognizer = Paraformer(bundle, encoder, decoder, TENSORRT)
             self_test.check(recognizer, plans.beside[0].parent, heard.self_test)
             for sounds, expected, share in (
                 (spoken, heard.spoken, AGREE_SPEECH),
