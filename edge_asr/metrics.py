@@ -38,9 +38,9 @@ MICROPHONE_DROPPED = Counter(
 MICROPHONE_DRIFT = Gauge("edge_asr_microphone_drift_ppm", "How much slow a clock is, NaN until that is known.", _SOURCE)
 MICROPHONE_CLIPPED = Gauge("edge_asr_microphone_clipped_ratio", "Share of samples at full scale, of 10 s.", _SOURCE)
 MICROPHONE = (
-    *(MICROPHONE_UP, MICROPHONE_GAPS, MICROPHONE_LOST, MICROPHONE_OVERRUNS, MICROPHONE_DROPPED, MICROPHONE_DRIFT),
+    MICROPHONE_UP, MICROPHONE_GAPS, MICROPHONE_LOST, MICROPHONE_OVERRUNS, MICROPHONE_DROPPED, MICROPHONE_DRIFT,
     MICROPHONE_CLIPPED,
-)
+)  # fmt: skip
 
 for _gate in ("empty", "confidence", "speech_ratio", "rate"):
     GATED.labels(_gate)

@@ -606,6 +606,12 @@ def test_plans_that_are_not_finite_are_refused(tmp_path: Path) -> None:
         refused(tmp_path / "engine", r"TensorRT's plans of paraformer-tiny were refused: [^\n]*finite[^\n]*")
 
 
+def test_plans_that_cannot_be_loaded_are_not_built_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with fake_tensorrt(oom_at=1):
+        refused(tmp_path / "engine", r"TensorRT's plans of paraformer-tiny were refused: [^\n]*out of memory[^\n]*")
+    assert "built again" not in caplog.text
+
+
 def test_a_crash_of_the_builder_leaves_the_old_engine(copy: Path, tmp_path: Path) -> None:
     """In a process of its own, where the crash is in the child only."""
     crashing = tmp_path / "python"

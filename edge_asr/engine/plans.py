@@ -248,9 +248,12 @@ def _describe(
 
 
 def _compare(bundle: Bundle, plans: Candidate, heard: _Heard, spoken: Sequence[Samples], gpu: int) -> None:
-    """Raise EngineError unless the plans hear what fp32 heard."""
+    """Raise EngineError unless the plans can be loaded, and _RefusedError unless they hear what fp32 heard."""
     try:
         encoder, decoder = load_networks(plans.encoder[0], plans.decoder[0], plans.metadata, TensorRtOptions(gpu))
+    except EngineError as error:  # for which other sums are no remedy
+        raise EngineError(_refusal(bundle, error)) from error
+    try:
         with contextlib.closing(encoder), contextlib.closing(decoder):  # also where they do not make a recogniser
             recognizer = Paraformer(bundle, encoder, decoder, TENSORRT)
             self_test.check(recognizer, plans.beside[0].parent, heard.self_test)
@@ -261,6 +264,11 @@ def _compare(bundle: Bundle, plans: Candidate, heard: _Heard, spoken: Sequence[S
                 if sounds:
                     trial.compare(_ids(recognizer, sounds), expected, share, slack=len(sounds))
             recognizer.recognize_batch([trial.babble(seconds) for seconds in trial.TRIED_S])  # has kernels of its own
+    except BrokenEngineError as error:
+        raise EngineError(_refusal(bundle, error)) from error
     except (UnknownGraphError, EngineError) as error:
-        kind = EngineError if isinstance(error, BrokenEngineError) else _RefusedError
-        raise kind(f"TensorRT's plans of {bundle.name} were refused: {error}; or take --target onnx") from error
+        raise _RefusedError(_refusal(bundle, error)) from error
+
+
+def _refusal(bundle: Bundle, error: Exception) -> str:
+    return f"TensorRT's plans of {bundle.name} were refused: {error}; or take --target onnx"

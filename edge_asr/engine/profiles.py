@@ -13,8 +13,7 @@ Profile = Mapping[str, Shapes]
 Range = tuple[int, int, int]
 SINGLE, BATCH = (1, 1, 1), (1, 8, 32)
 RANGES: Sequence[tuple[Range, Range]] = (
-    # From 1 frame on, where 8 would be half a second: shorter commands need no padding then, and kernels are chosen
-    # for the usual length anyway.
+    # From 1 frame on, so that nothing is too short: kernels are chosen for the usual length anyway.
     (SINGLE, (1, 34, 64)),
     (SINGLE, (64, 128, 192)),
     (SINGLE, (192, 334, 512)),

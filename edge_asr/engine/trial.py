@@ -6,7 +6,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
-from difflib import SequenceMatcher
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from edge_asr.engine.weights import UnknownGraphError
 from edge_asr.errors import EngineError
 from edge_asr.recognizer.onnx_network import OnnxNetwork
 from edge_asr.recognizer.paraformer import Ids, Paraformer
+from edge_asr.recognizer.self_test import count_same
 from edge_asr.recognizer.whole import WholeParaformer
 from edge_asr.types import SAMPLE_RATE, Samples
 
@@ -58,16 +58,10 @@ def compare(ours: Sequence[Ids | None], published: Sequence[Ids | None], share: 
         if off > 1 or different > slack:
             raise UnknownGraphError(f"it finds {len(expected)} tokens where ours finds {len(found)}")
         total += len(expected)
-        equal += _equal(found, expected)
+        equal += count_same(found.tolist(), expected.tolist())
     if equal < total * share:
         raise UnknownGraphError(f"only {equal} of {total} tokens are the same")
     return total
-
-
-def _equal(found: Ids, expected: Ids) -> int:
-    """Return how many tokens are the same, one too many or too few among them or not."""
-    blocks = SequenceMatcher(None, found.tolist(), expected.tolist(), autojunk=False).get_matching_blocks()
-    return sum(block.size for block in blocks)
 
 
 def time_ms(recognizer: Paraformer) -> float:

@@ -168,7 +168,7 @@ class Scheduler:
             try:
                 self._try(recognizer)
                 self._hand_over(_Swap(recognizer, done))
-            except BaseException:
+            except BaseException:  # whatever it was: nobody else knows of this recogniser
                 _release(recognizer)
                 raise
         except Exception as error:  # noqa: BLE001 - swap() raises it
