@@ -4,13 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections import deque
+from bisect import bisect_left
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from edge_asr.types import Transcript
 
 RECENT = 1000
 PERCENTILES = (50, 95, 99)
+BUCKETS_S = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
+"""Up to so many seconds of audio cost alike: per second, what is short costs more."""
+OBSERVED = 50
+"""Runs of a bucket that its cost is taken from: clocks, power modes and heat change it."""
+JUDGED = 20
+"""Transcripts that the share of late ones is taken from."""
+FEW = 5
+"""With fewer transcripts nothing is degraded; as many in a row that are on time end it."""
+
+
+def percentiles(values: Iterable[float]) -> dict[str, float | None]:
+    """Return p50, p95, p99: the least value that so many per cent do not exceed; null where there is none."""
+    ordered = sorted(values)
+    return {f"p{share}": _at(ordered, share) for share in PERCENTILES}
+
+
+def _at(ordered: list[float], share: int) -> float | None:
+    return round(ordered[math.ceil(share * len(ordered) / 100) - 1], 2) if ordered else None
 
 
 class RecentResponses:
@@ -24,13 +44,83 @@ class RecentResponses:
         self._recent.append(milliseconds)
 
     def percentiles(self) -> dict[str, float | None]:
-        """Return p50, p95, p99 in milliseconds: the least that so many per cent do not exceed; null before any."""
-        ordered = sorted(self._recent.copy())  # copied in one step, whatever is added meanwhile
-        count = len(ordered)
-        return {
-            f"p{share}": round(ordered[math.ceil(share * count / 100) - 1], 2) if ordered else None
-            for share in PERCENTILES
-        }
+        """Return p50, p95, p99 in milliseconds; null before any."""
+        return percentiles(self._recent.copy())  # copied in one step, whatever is added meanwhile
+
+
+class CostModel:
+    """What a recognition costs here: p95 of the last runs, by length. One thread observes, others ask."""
+
+    def __init__(self) -> None:
+        self._runs = tuple(deque[float](maxlen=OBSERVED) for _ in BUCKETS_S)
+        self._rates: tuple[float | None, ...] = (None,) * len(BUCKETS_S)
+
+    def observe(self, seconds: float, milliseconds: float) -> None:
+        """Take a run over so much audio."""
+        bucket = _bucket(seconds)
+        runs = self._runs[bucket]
+        runs.append(milliseconds / max(seconds, BUCKETS_S[0] / 2))
+        rate = _at(sorted(runs), 95)
+        self._rates = (*self._rates[:bucket], rate, *self._rates[bucket + 1 :])  # in one step: others read it
+
+    def estimate_ms(self, seconds: float) -> float:
+        """Return how long a run over so much audio takes, not less; 0 before any was observed."""
+        rate = self._rate(_bucket(seconds))
+        return 0.0 if rate is None else rate * max(seconds, BUCKETS_S[0] / 2)
+
+    def longest_s(self, budget_ms: float, shortest: float = 8.0, longest: float = 30.0) -> float:
+        """Return how much audio can be recognised in so many milliseconds, at least and at most what is given."""
+        seconds = longest
+        while seconds > shortest and self.estimate_ms(seconds) > budget_ms:
+            seconds -= 0.5
+        return max(seconds, shortest)
+
+    def _rate(self, bucket: int) -> float | None:
+        """Return milliseconds per second of audio: of the bucket, else the nearest shorter one, else a longer one.
+
+        A shorter one costs more per second, which errs on the safe side.
+        """
+        rates = self._rates
+        if rates[bucket] is not None:
+            return rates[bucket]
+        known = [rate for rate in (*reversed(rates[:bucket]), *rates[bucket + 1 :]) if rate is not None]
+        return known[0] if known else None
+
+
+def _bucket(seconds: float) -> int:
+    return min(bisect_left(BUCKETS_S, seconds), len(BUCKETS_S) - 1)
+
+
+class LateWatch:
+    """Whether too many of the last transcripts were late. One thread adds, another may ask."""
+
+    def __init__(self, share: float) -> None:
+        """`share`: how many may be, 0 to 1."""
+        self._share = share
+        self._late: deque[str] = deque(maxlen=JUDGED)
+        self.why = ""
+        """How many are late, and the stage that is to blame; empty while that is well."""
+
+    def add(self, latency_ms: Mapping[str, float], late: bool) -> bool:
+        """Take the next transcript's trace. True: `why` was or became empty, or the other way round."""
+        self._late.append(_slowest(latency_ms) if late else "")
+        before, self.why = self.why, self._judge()
+        return bool(before) != bool(self.why)
+
+    def _judge(self) -> str:
+        blamed = [stage for stage in self._late if stage]
+        recent = list(self._late)[-FEW:]
+        enough = len(self._late) >= FEW and len(blamed) > self._share * len(self._late)
+        if not any(recent) or not (self.why or enough):
+            return ""
+        stage, _ = Counter(blamed).most_common(1)[0]
+        return f"{len(blamed)} of the last {len(self._late)} transcripts were late, most because of: {stage}"
+
+
+def _slowest(latency_ms: Mapping[str, float]) -> str:
+    """Return the stage that took longest, of those that the response is made of."""
+    stages = {name: value for name, value in latency_ms.items() if name not in ("endpoint", "response", "total")}
+    return max(stages, key=lambda name: stages[name], default="response")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,3 +143,11 @@ class LatencyBudget:
             "total": (now - marks.speech_ended_at) * 1e3,
         }
         return dataclasses.replace(transcript, latency_ms=trace, within_budget=response <= self.response_ms)
+
+    def allows_partial(self, cost_ms: float, since_last_ms: float, interval_ms: float) -> bool:
+        """Tell whether it is time for a partial: they take half of the engine's time at most."""
+        return since_last_ms >= max(interval_ms, 2 * cost_ms)
+
+    def allows_early(self, backlog_ms: float) -> bool:
+        """Tell whether a pause is worth decoding at once: it may be for nothing, so not while others wait too long."""
+        return backlog_ms <= self.response_ms

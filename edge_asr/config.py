@@ -309,6 +309,26 @@ class SegmentConfig(Section):
     """Audio kept from before the first speech chunk."""
     min_speech_ms: Integer = Field(default=96, ge=0, le=2000)
     """Shorter speech than this makes no segment."""
+    partial_interval_ms: Integer = Field(default=300, ge=0, le=10_000)
+    """Live sources: how often what is being said is published as it grows; 0: never."""
+
+
+class ListenConfig(Section):
+    """To whom the appliance listens."""
+
+    mode: Literal["always", "push_to_talk", "phrase"] = "always"
+    """Everybody; whoever asks for it first; whoever begins with a wake phrase."""
+    phrases: tuple[Annotated[str, AfterValidator(_phrase)], ...] = ()
+    """Wake phrases of the mode `phrase`, such as 小爱同学."""
+    seconds: Number = Field(default=8.0, ge=1, le=120)
+    """How long it listens when asked to, or after a wake phrase on its own."""
+
+    @field_validator("phrases")
+    @classmethod
+    def _are_there(cls, phrases: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        if info.data.get("mode") == "phrase" and not phrases:
+            raise ValueError("mode phrase needs a wake phrase; set listen.phrases, to [小爱同学] for example")
+        return phrases
 
 
 class BudgetConfig(Section):
@@ -316,6 +336,10 @@ class BudgetConfig(Section):
 
     response_ms: Number = Field(default=300.0, gt=0, le=60_000)
     """From the end of a segment to its publication."""
+    max_backlog_s: Number = Field(default=120.0, ge=10, le=3600)
+    """Audio of one source that may wait to be recognised; beyond it the oldest segment is published as lost."""
+    late_share: Number = Field(default=0.1, gt=0, le=1)
+    """With a larger share of late transcripts the state is degraded."""
 
 
 class GatesConfig(Section):
@@ -348,6 +372,8 @@ class MqttConfig(Section):
     reconnect_max_s: Number = Field(default=30.0, gt=0, le=3600)
     live_for_s: Number = Field(default=5.0, gt=0, le=3600)
     """An older transcript is not published on `said`: nobody should act on it any more."""
+    commands: bool = True
+    """Obey `<base>/<device_id>/cmd/...`: whoever may publish there may mute the appliance."""
 
     # Rules about two keys stand at the later one: those of a whole section are skipped when any of its keys is wrong.
     @field_validator("password", "password_file")
@@ -398,6 +424,7 @@ class Config(Section):
     engine: EngineConfig = EngineConfig()
     sources: tuple[SourceConfig, ...] = ()
     segment: SegmentConfig = SegmentConfig()
+    listen: ListenConfig = ListenConfig()
     budget: BudgetConfig = BudgetConfig()
     gates: GatesConfig = GatesConfig()
     mqtt: MqttConfig = MqttConfig()

@@ -14,6 +14,10 @@ FAILED = Counter("edge_asr_failed", "Segments lost because the engine failed on 
 CUT_SHORT = Counter("edge_asr_cut_short", "Segments dropped because sound was missing in the middle of them.")
 LATE = Counter("edge_asr_late", "Transcripts published later than the budget allows.")
 DECODED_AT_PAUSE = Counter("edge_asr_decoded_at_pause", "Transcripts whose decoding began before their segment ended.")
+ENFORCED = Counter("edge_asr_enforced", "What was done to keep to the latency budget, by the step.", ["step"])
+STEPS = ("split", "not_at_pause", "partial_skipped", "interrupted", "cut", "batched", "lost")
+PARTIALS = Counter("edge_asr_partials", "Partials offered to the sinks.")
+UNADDRESSED = Counter("edge_asr_unaddressed", "Segments that were not for us, by the mode of listening.", ["mode"])
 DROPPED_SAID = Counter("edge_asr_dropped_said", "Transcripts not published for acting: broker away, or too old.")
 DROPPED_TRANSCRIPTS = Counter("edge_asr_dropped_transcripts", "Transcripts given up before the broker had them.")
 RESPONSE = Histogram(
@@ -44,6 +48,10 @@ MICROPHONE = (
 
 for _gate in ("empty", "confidence", "speech_ratio", "rate"):
     GATED.labels(_gate)
+for _step in STEPS:
+    ENFORCED.labels(_step)
+for _mode in ("push_to_talk", "phrase"):
+    UNADDRESSED.labels(_mode)
 for _engine in ENGINES:
     ENGINE.labels(_engine)
 for _engine in ENGINES[:2]:

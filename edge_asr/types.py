@@ -1,4 +1,4 @@
-"""What travels through the appliance: Chunk, Segment, Token, Transcript (all frozen) and the transcript's JSON form."""
+"""What travels through the appliance: Chunk, Segment, Token, Partial, Transcript (all frozen), and their JSON form."""
 
 from __future__ import annotations
 
@@ -74,6 +74,8 @@ class Segment:
     """Unix seconds (wall clock) of the first sample; null where the source is no live one."""
     marks: Marks | None
     """Null where the segment did not come in live."""
+    enforced: tuple[str, ...] = ()
+    """What keeping to the budget has done to it: `split`, `not_at_pause`."""
 
     @property
     def duration_s(self) -> float:
@@ -106,6 +108,8 @@ class Recognition:
     """Milliseconds spent in each stage: queue, features, then encoder, cif, decoder (or `model` for a whole graph)."""
     engine: str = ""
     """The engine that heard it, `onnx-int8` for example: another may answer the next time."""
+    enforced: tuple[str, ...] = ()
+    """What keeping to the budget has done to it: `batched`, `interrupted` (and begun again), `cut` (into parts)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +140,10 @@ class Transcript:
     """The text with numbers in digits; null while no inverse text normalisation ran."""
     marks: Marks | None = None
     """Not part of the JSON: this machine's clock says nothing elsewhere."""
+    enforced: tuple[str, ...] = ()
+    """What keeping to the budget has done to segment and recognition."""
+    lost: bool = False
+    """Nobody has recognised it: there was more to do than could be done. Its text is empty."""
     seq: int | None = None
     """Row of the outbox."""
     replayed: bool = False
@@ -172,11 +180,37 @@ class Transcript:
             "latency_ms": {stage: round(value, 2) for stage, value in self.latency_ms.items()},
             "within_budget": self.within_budget,
             "decoded_at_pause": self.decoded_at_pause,
+            "enforced": list(self.enforced),
+            **({"lost": True} if self.lost else {}),
             "model": self.model,
             "engine": self.engine,
             "replayed": self.replayed,
             "age_s": round(self.age_s, 3),
         }
+
+
+@dataclass(frozen=True, slots=True)
+class Partial:
+    """What has been recognised of a segment that is still being spoken."""
+
+    id: SegmentId
+    """That of the transcript to come."""
+    source: str
+    text: str
+    """All that was understood; it may change."""
+    stable: str
+    """The beginning that two decodes in a row agree on; it only grows."""
+    started_at: float | None
+    """Unix seconds (wall clock) of the first sample."""
+    end: bool = False
+    """No transcript will come: what was shown is to be taken back."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON object of the topic `partial`."""
+        if self.end:
+            return {"id": self.id, "source": self.source, "text": "", "end": True}
+        start = None if self.started_at is None else iso_time(self.started_at)
+        return {"id": self.id, "source": self.source, "text": self.text, "stable": self.stable, "start": start}
 
 
 def iso_time(unix_seconds: float) -> str:

@@ -17,8 +17,8 @@ from edge_asr.types import Chunk, Marks, Segment, SegmentId, Token, Transcript, 
 
 KEYS = [
     "schema", "id", "seq", "device", "source", "text", "text_itn", "text_raw", "language", "confidence", "start", "end",
-    "offset_s", "time_synced", "duration_s", "tokens", "latency_ms", "within_budget", "decoded_at_pause", "model",
-    "engine", "replayed", "age_s",
+    "offset_s", "time_synced", "duration_s", "tokens", "latency_ms", "within_budget", "decoded_at_pause", "enforced",
+    "model", "engine", "replayed", "age_s",
 ]  # fmt: skip
 
 
@@ -72,6 +72,7 @@ def test_a_transcript_is_rendered_with_rounded_numbers() -> None:
         "latency_ms": {"queue": 0.12, "model": 21.46},
         "within_budget": True,
         "decoded_at_pause": True,
+        "enforced": [],
         "model": "paraformer-tiny",
         "engine": "onnx-int8",
         "replayed": False,
