@@ -44,7 +44,7 @@ BASE = "edge_asr/hall"
 WIRE_KEYS = {
     *("schema", "id", "seq", "device", "source", "text", "text_itn", "text_raw", "language", "confidence", "start"),
     *("end", "offset_s", "time_synced", "duration_s", "tokens", "latency_ms", "within_budget", "decoded_at_pause"),
-    *("model", "engine", "replayed", "age_s"),
+    *("enforced", "model", "engine", "replayed", "age_s"),
 }
 STATE_KEYS = {
     *("state", "why", "engine", "model", "sources", "mute", "preset", "listen", "budget", "outbox", "version"),
