@@ -17,6 +17,8 @@ from edge_asr.config import MqttConfig
 
 CONNECT_TIMEOUT_S = 5.0
 """For the TCP connection, and again for the broker's answer to CONNECT."""
+PROOF_S = 1.0
+"""A broker that has owed an acknowledgement for longer may hang."""
 
 
 class Connection:
@@ -73,6 +75,12 @@ class Connection:
     def clear(self) -> bool:
         """Up, and everything published so far has left for the network."""
         return self.up and not self._client.want_write()
+
+    @property
+    def brisk(self) -> bool:
+        """Clear, and the broker owes no acknowledgement that should have come long ago."""
+        now = time.monotonic()
+        return self.clear and now - next(iter(self.unacknowledged.values()), now) <= PROOF_S
 
     def register(self, poller: select.poll) -> None:
         """Let the poller watch the socket, where there is one."""

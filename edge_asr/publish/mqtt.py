@@ -1,4 +1,7 @@
-"""Transcripts on MQTT: `said` for acting, at once or never; `transcript` for the record, until the broker has it."""
+"""Transcripts on MQTT: `said` for acting, at once or never; `transcript` for the record, until the broker has it.
+
+`partial` is what is being said: at once or never.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +23,10 @@ from typing import Any
 
 from edge_asr import metrics
 from edge_asr.config import MqttConfig
+from edge_asr.publish.commands import Command
 from edge_asr.publish.connection import Connection
-from edge_asr.types import Transcript
+from edge_asr.publish.partials import Partials
+from edge_asr.types import Partial, Transcript
 
 log = logging.getLogger(__name__)
 
@@ -92,10 +97,16 @@ class MqttPublisher:
     """
 
     def __init__(
-        self, config: MqttConfig, device_id: str, *, finish: Callable[[Transcript], Transcript] = lambda given: given
+        self,
+        config: MqttConfig,
+        device_id: str,
+        *,
+        finish: Callable[[Transcript], Transcript] = lambda given: given,
+        command: Command | None = None,
     ) -> None:
-        """Prepare; `finish` is called once for each transcript, on the publisher thread, before it is serialised.
+        """Prepare; the publisher thread calls `finish` once for each transcript, before it is serialised.
 
+        It calls `command` for each command that comes in; None, or `mqtt.commands` off: none is listened to.
         Raises ConfigError where the password cannot be read.
         """
         self._config = config
@@ -115,6 +126,7 @@ class MqttPublisher:
         self._state: str | None = None
         self._close_by: float | None = None
 
+        self._partials = Partials()
         self._waiting: deque[_Record] = deque()  # together with _in_flight at most QUEUE_LIMIT
         self._in_flight: dict[int, _Record] = {}
         self._live: deque[_Record] = deque(maxlen=QUEUE_LIMIT)
@@ -135,6 +147,7 @@ class MqttPublisher:
     def offer(self, transcript: Transcript) -> None:
         """Take a transcript, from any thread, without blocking."""
         record = _Record(transcript, time.monotonic())
+        self._partials.forget(transcript.id)
         with self._lock:
             closing = self._close_by is not None
             full = len(self._inbox) >= QUEUE_LIMIT
@@ -150,6 +163,11 @@ class MqttPublisher:
             self._inbox.append(record)
         if full:
             self._warn_of_no_room()
+        self._wake()
+
+    def offer_partial(self, partial: Partial) -> None:
+        """Publish a partial at once or never, from any thread, without blocking; never after its transcript."""
+        self._partials.add(partial)
         self._wake()
 
     def set_state(self, state: Mapping[str, Any]) -> None:
@@ -300,6 +318,7 @@ class MqttPublisher:
             self._sent += 1
 
     def _send(self) -> None:
+        partials = self._partials.take()  # here, connected or not: none waits for the broker
         connection = self._connection
         if connection is None or not connection.up:
             return
@@ -309,6 +328,9 @@ class MqttPublisher:
         if not self._waiting:
             self._full = False
         self._send_live(connection)
+        for partial in partials:
+            if connection.brisk:
+                connection.publish(f"{self._prefix}/partial", _json(partial.to_json()), qos=0)
 
     def _send_state(self, connection: Connection) -> None:
         if self._state is not None and self._state != self._state_sent:
