@@ -496,7 +496,7 @@ def test_an_abandoned_inference_does_not_keep_the_process() -> None:
         "async def main():\n"
         "    scheduler = Scheduler(Stuck)\n"
         "    await scheduler.start()\n"
-        "    scheduler.submit(None)\n"
+        "    scheduler.submit([])\n"
         "    await asyncio.to_thread(busy.wait)\n"
         "    await scheduler.close(0.0)\n"
         "asyncio.run(main())\n"

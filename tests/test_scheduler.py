@@ -212,7 +212,7 @@ async def test_an_engine_that_waits_to_take_over_when_everything_stops_is_releas
     first = scheduler.submit(SOUND)
     assert await asyncio.to_thread(old.busy.wait, PATIENCE_S)
     swapping = asyncio.create_task(scheduler.swap(lambda: new))
-    while scheduler._requests.empty():
+    while scheduler._taking_over is None:
         await asyncio.sleep(0)
     closing = asyncio.create_task(scheduler.close(PATIENCE_S))
     await asyncio.sleep(0)

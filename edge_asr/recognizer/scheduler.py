@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import logging
-import queue
+import math
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
+from edge_asr.budget import CostModel
 from edge_asr.errors import BrokenEngineError, EngineError
+from edge_asr.recognizer.paraformer import noise
+from edge_asr.recognizer.requests import Priority as Priority  # who asks finds it beside `submit`
+from edge_asr.recognizer.requests import Request, Waiting
 from edge_asr.recognizer.self_test import count_same
 from edge_asr.types import Recognition, Samples
 
 log = logging.getLogger(__name__)
+
+WARM_AFTER_S = 2.0
+"""An engine that has been idle for so long is slower at first."""
+SMALLEST = 7_680
+"""Samples of the smallest input: 8 frames of 60 ms."""
 
 
 class Recognizer(Protocol):
@@ -32,12 +40,15 @@ class Recognizer(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class _Request:
-    """Samples that wait for their turn."""
+class _Running:
+    """What the inference thread is at."""
 
-    samples: Samples
-    submitted_at: float = field(default_factory=time.monotonic)
-    answer: Future[Recognition] = field(default_factory=Future)
+    request: Request
+    estimate_ms: float
+    started_at: float
+
+    def left_ms(self) -> float:
+        return max(0.0, self.estimate_ms - (time.monotonic() - self.started_at) * 1e3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +70,19 @@ class Scheduler:
         """`load` makes the recogniser; it runs on the inference thread."""
         self._load = load
         self._loaded: Future[None] = Future()
-        self._requests: queue.SimpleQueue[_Request | _Swap | None] = queue.SimpleQueue()  # None: the end
+        self.costs = CostModel()
+        """What a recognition costs."""
+        self._waiting = Waiting()
+        self._running: _Running | None = None
+        self._idle_since = -math.inf
+        self._taking_over: _Swap | None = None
         self._thread = threading.Thread(target=self._work, name="inference", daemon=True)
         self._swapped: Future[None] | None = None
         self._swap_thread: threading.Thread | None = None
         self._recent: tuple[Samples, Recognition] | None = None
         self._closing = False
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
+        """Of what waits, runs, or is to end; its lock guards all of that."""
         self.broken: Future[None] = Future()
         """Raises BrokenEngineError from when on nothing can be recognised any more, until the process starts anew."""
         self.broken.set_running_or_notify_cancel()  # whoever waits for it cannot cancel it
@@ -80,11 +97,47 @@ class Scheduler:
         self._thread.start()
         await asyncio.wrap_future(self._loaded)
 
-    def submit(self, samples: Samples) -> Future[Recognition]:
-        """Ask for a recognition; the future can be cancelled until its turn has come."""
-        request = _Request(samples)
-        self._requests.put(request)
+    @property
+    def idle(self) -> bool:
+        """True while nothing waits and nothing runs."""
+        with self._changed:
+            return self._running is None and not len(self._waiting)
+
+    def submit(
+        self, samples: Samples, priority: Priority = Priority.MICROPHONE, deadline: float = math.inf
+    ) -> Future[Recognition]:
+        """Ask for a recognition by `deadline` (monotonic seconds); the future can be cancelled until its turn has come.
+
+        Those of NETWORK and PARTIAL can be cancelled until they are answered.
+        """
+        request = Request(samples, priority, deadline)
+        self._put(request)
         return request.answer
+
+    def backlog_ms(self) -> float:
+        """Return how many milliseconds of microphones' requests wait or run, as far as can be told."""
+        with self._changed:
+            asked = [one for one in self._waiting if one.priority == Priority.MICROPHONE]
+            running = self._running
+        backlog = sum(self.costs.estimate_ms(one.seconds) for one in asked)
+        if running is not None and running.request.priority == Priority.MICROPHONE:
+            backlog += running.left_ms()
+        return backlog
+
+    def warm(self) -> None:
+        """Let an engine that has been idle for a while run once on next to nothing: it is needed soon."""
+        with self._changed:
+            if not self.idle or time.monotonic() - self._idle_since < WARM_AFTER_S:
+                return
+        self._put(Request(noise()[:SMALLEST], Priority.PARTIAL, counts=False))
+
+    def _put(self, request: Request) -> None:
+        with self._changed:
+            if not self._closing:
+                self._waiting.push(request)
+                self._changed.notify()
+                return
+        request.answer.cancel()
 
     async def swap(self, load: Callable[[], Recognizer]) -> None:
         """Load another recogniser while the present one answers, try it, and let it answer from the next request on.
@@ -105,27 +158,17 @@ class Scheduler:
 
         False: the request under way, or a load, took longer than `timeout_s`, and its thread was left behind.
         """
-        with self._lock:
+        with self._changed:
             self._closing = True
-            self._drop_requests()
-            self._requests.put(None)
+            dropped = self._waiting.clear()
+            self._changed.notify()
+        for request in dropped:
+            request.answer.cancel()
         threads = [thread for thread in (self._thread, self._swap_thread) if thread is not None and thread.ident]
         until = None if timeout_s is None else time.monotonic() + timeout_s
         for thread in threads:
             await asyncio.to_thread(thread.join, None if until is None else max(0.0, until - time.monotonic()))
         return not any(thread.is_alive() for thread in threads)
-
-    def _drop_requests(self) -> None:
-        """Cancel what waits, but for a recogniser: the inference thread takes it, and releases it with its end."""
-        swaps = []
-        with contextlib.suppress(queue.Empty):
-            while (item := self._requests.get_nowait()) is not None:
-                if isinstance(item, _Swap):
-                    swaps.append(item)
-                else:
-                    item.answer.cancel()
-        for swap in swaps:
-            self._requests.put(swap)
 
     def _work(self) -> None:
         if not self._loaded.set_running_or_notify_cancel():
@@ -136,7 +179,7 @@ class Scheduler:
             self._loaded.set_exception(error)
             return
         self._loaded.set_result(None)
-        while (item := self._requests.get()) is not None:
+        while (item := self._next()) is not None:
             if isinstance(item, _Swap):
                 _release(recognizer)
                 recognizer = item.recognizer
@@ -145,21 +188,43 @@ class Scheduler:
                 self._answer(item, recognizer)
         _release(recognizer)
 
-    def _answer(self, request: _Request, recognizer: Recognizer) -> None:
-        if not request.answer.set_running_or_notify_cancel():
-            return
-        waited = (time.monotonic() - request.submitted_at) * 1e3
+    def _next(self) -> _Swap | _Running | None:
+        """Wait for what is to be done next; None: the end. A recogniser goes first, also then: it is to be released."""
+        with self._changed:
+            while True:
+                if (swap := self._taking_over) is not None:
+                    self._taking_over = None
+                    return swap
+                if self._closing:
+                    return None
+                if (request := self._waiting.pop()) is not None:
+                    estimate = self.costs.estimate_ms(request.seconds)
+                    self._running = _Running(request, estimate, time.monotonic())
+                    return self._running
+                self._changed.wait()
+
+    def _answer(self, running: _Running, recognizer: Recognizer) -> None:
+        request, started = running.request, running.started_at
         try:
             recognition = recognizer.recognize(request.samples)
         except Exception as error:  # noqa: BLE001 - whoever asked gets it
-            request.answer.set_exception(error)
+            self._done()
+            request.fail(error)
             if isinstance(error, BrokenEngineError) and not self.broken.done():
                 self.broken.set_exception(error)
             return
+        if request.counts:
+            self.costs.observe(request.seconds, (time.monotonic() - started) * 1e3)
+        self._done()
         if recognition.text:
             self._recent = request.samples, recognition
+        waited = (started - request.submitted_at) * 1e3
         stages_ms = {"queue": waited, **recognition.stages_ms}
-        request.answer.set_result(dataclasses.replace(recognition, stages_ms=stages_ms))
+        request.settle(dataclasses.replace(recognition, stages_ms=stages_ms))
+
+    def _done(self) -> None:
+        with self._changed:
+            self._running, self._idle_since = None, time.monotonic()
 
     def _prepare(self, load: Callable[[], Recognizer], done: Future[None]) -> None:
         """Load and try a recogniser, on the thread `swap`, then hand it to the inference thread."""
@@ -187,10 +252,11 @@ class Scheduler:
             )
 
     def _hand_over(self, swap: _Swap) -> None:
-        with self._lock:
+        with self._changed:
             if self._closing:
                 raise EngineError("the engine was loaded too late, everything stops")
-            self._requests.put(swap)
+            self._taking_over = swap
+            self._changed.notify()
 
 
 def are_alike(found: Recognition, expected: Recognition) -> bool:
