@@ -10,22 +10,26 @@ import math
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 from edge_asr import __version__, metrics
-from edge_asr.budget import LatencyBudget, RecentResponses
-from edge_asr.config import Config, GatesConfig, SegmentConfig
+from edge_asr.answers import Gates, Labels, TranscriptSink
+from edge_asr.attention import PHRASE, Attention
+from edge_asr.budget import LatencyBudget, LateWatch, RecentResponses
+from edge_asr.config import Config, FileSourceConfig, GatesConfig, ListenConfig, SegmentConfig, SourceConfig
+from edge_asr.controls import Controls
 from edge_asr.errors import EdgeAsrError
 from edge_asr.keeper import EngineKeeper
 from edge_asr.ladder import load_ladder
-from edge_asr.pipeline import Gates, Labels, Listener, TranscriptSink
+from edge_asr.pipeline import Listener, Pace
 from edge_asr.publish.mqtt import MqttPublisher
 from edge_asr.recognizer.bundle import Bundle, read_bundle
-from edge_asr.sources import WatchedSource
-from edge_asr.speech.completeness import ContentEndpoint, normalize
+from edge_asr.sources import WatchedSource, is_live
 from edge_asr.speech.segmenter import ENDPOINTS, Rules, Segmenter
 from edge_asr.speech.vad import SileroDetector
+from edge_asr.speech.wake_phrase import WakePhrase
 from edge_asr.transcribe import transcribe
 from edge_asr.types import CHUNK_S, CHUNK_SAMPLES, SAMPLE_RATE, Transcript
 
@@ -46,18 +50,28 @@ def segment_rules(config: SegmentConfig) -> Rules:
     )
 
 
-def content_endpoint(config: SegmentConfig) -> ContentEndpoint | None:
-    """Return what sets the length of a pause by its text; None: the preset alone does."""
-    if not config.content_endpointing:
-        return None
-    return ContentEndpoint(ENDPOINTS[config.preset], frozenset(map(normalize, config.phrases)))
-
-
 def choose_gates(config: GatesConfig, bundle: Bundle) -> Gates:
     """Return the configured thresholds, the bundle's card where they are null, off where it has none."""
     keys = [field.name for field in dataclasses.fields(Gates)]
     configured = {key: getattr(config, key) for key in keys}
     return Gates(**{key: bundle.gates.get(key, 0.0) if configured[key] is None else configured[key] for key in keys})
+
+
+def choose_attention(config: ListenConfig) -> Attention:
+    """Return who is listened to."""
+    wake_phrase = WakePhrase(config.phrases) if config.mode == PHRASE else None
+    return Attention(config.mode, wake_phrase, config.seconds)
+
+
+def choose_pace(source: SourceConfig, config: Config) -> Pace:
+    """Return how a listener keeps up: microphones do not wait, nor do files that stand for one; a pipe can."""
+    live = is_live(source)
+    waits = source.kind == "stdin" or (isinstance(source, FileSourceConfig) and not live)
+    return Pace(
+        live,
+        None if waits else config.budget.max_backlog_s,
+        config.segment.partial_interval_ms if live and config.mqtt.enabled else 0,
+    )
 
 
 def transcribe_files(config: Config, paths: Sequence[str]) -> Iterator[tuple[str, Transcript | EdgeAsrError]]:
@@ -86,9 +100,15 @@ class Daemon:
         self._keeper = EngineKeeper(self._bundle, config.engine, config.state_dir, self._publish_state)
         self._budget = LatencyBudget(config.budget.response_ms)
         self._responses = RecentResponses()
+        self._late_watch = LateWatch(config.budget.late_share)
+        self._attention = choose_attention(config.listen)
+        self._controls = Controls(config.segment, self._attention, config.state_dir, self._publish_state)
         self._publisher = (
-            MqttPublisher(config.mqtt, config.device_id, finish=self._settle) if config.mqtt.enabled else None
+            MqttPublisher(config.mqtt, config.device_id, finish=self._settle, command=self._command)
+            if config.mqtt.enabled
+            else None
         )
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._sources: list[WatchedSource] = []
         self._failures: list[EdgeAsrError] = []
         self._listeners: list[Listener] = []
@@ -102,6 +122,7 @@ class Daemon:
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[Daemon]:
         """Start publisher, engine and listeners, in this order, and stop them in reverse."""
+        self._loop = asyncio.get_running_loop()
         try:
             self._start_publisher()
             if await self._start_engine():
@@ -172,7 +193,8 @@ class Daemon:
     def _start_listeners(self) -> None:
         for config in self._config.sources:
             source = WatchedSource(config, self._publish_state)
-            listener = self._make_listener(source)
+            listener = self._make_listener(source, choose_pace(config, self._config))
+            self._controls.add(listener, source)
             self._sources.append(source)
             self._listeners.append(listener)
             self._tasks.append(asyncio.create_task(self._listen(listener, source), name=f"listen {source.name}"))
@@ -180,7 +202,7 @@ class Daemon:
         log.info("listening to %s", names or "nothing: no sources are configured")
         self._publish_state()
 
-    def _make_listener(self, source: WatchedSource) -> Listener:
+    def _make_listener(self, source: WatchedSource, pace: Pace) -> Listener:
         sinks: list[TranscriptSink] = [] if self._publisher is None else [self._publisher]
         return Listener(
             source.audio,
@@ -190,8 +212,9 @@ class Daemon:
             sinks,
             Labels(self._config.device_id, source.name, self._bundle.name),
             choose_gates(self._config.gates, self._bundle),
-            source.live,
-            content_endpoint(self._config.segment),
+            pace,
+            self._budget,
+            self._attention,
         )
 
     async def _listen(self, listener: Listener, source: WatchedSource) -> None:
@@ -239,8 +262,12 @@ class Daemon:
 
     def _tell_losses(self) -> None:
         """Make it a failure that something said in the sources has come to nothing."""
+        if failed := sum(listener.failed for listener in self._listeners):
+            self._failures.append(
+                EdgeAsrError(f"segments lost because the engine failed on them: {failed}; see the log")
+            )
         if lost := sum(listener.lost for listener in self._listeners):
-            self._failures.append(EdgeAsrError(f"segments lost because the engine failed on them: {lost}; see the log"))
+            self._failures.append(EdgeAsrError(f"segments lost because too many waited: {lost}; take a smaller model"))
         if self._publisher is not None and (dropped := self._publisher.stats().dropped_transcripts):
             self._failures.append(
                 EdgeAsrError(
@@ -262,11 +289,14 @@ class Daemon:
         """Complete the trace on the publisher thread, at the last moment before the transcript is serialised."""
         settled = self._budget.settle(transcript, time.monotonic())
         self._published += 1
-        if settled.marks is None:  # played as fast as it goes: nobody waited for it
+        if settled.marks is None or settled.lost:  # played as fast as it goes: nobody waited for it
             return settled
         self._responses.add(settled.latency_ms["response"])
         metrics.RESPONSE.observe(settled.latency_ms["response"] / 1e3)
-        if settled.within_budget is False:
+        late = settled.within_budget is False
+        if self._late_watch.add(settled.latency_ms, late):
+            self._publish_state()
+        if late:
             self._late += 1
             metrics.LATE.inc()
             log.warning(
@@ -274,6 +304,14 @@ class Daemon:
                 self._budget.response_ms, {stage: round(value) for stage, value in settled.latency_ms.items()},
             )  # fmt: skip
         return settled
+
+    def _command(self, name: str, arguments: Mapping[str, Any]) -> Future[Mapping[str, Any]]:
+        """Carry a command of the publisher's thread out on the loop's."""
+        assert self._loop is not None  # the publisher is started by `running`
+        return asyncio.run_coroutine_threadsafe(self._obey(name, arguments), self._loop)
+
+    async def _obey(self, name: str, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+        return self._controls.obey(name, arguments)
 
     async def _report(self) -> None:
         """Publish the state now and then: its counters move without anybody saying so."""
@@ -293,9 +331,9 @@ class Daemon:
             "engine": self._keeper.engine,
             "model": self._bundle.name,
             "sources": [source.describe() for source in self._sources],
-            "mute": False,
-            "preset": self._config.segment.preset,
-            "listen": "always",
+            "mute": self._controls.muted,
+            "preset": self._controls.preset,
+            "listen": self._attention.mode,
             "budget": {
                 "response_ms": self._budget.response_ms,
                 "count": self._published,
@@ -311,7 +349,7 @@ class Daemon:
         """Return the state and why it is so: an engine that is not the wanted one answers all the same."""
         if self._keeper.engine is None:
             return "starting", self._keeper.why or "the model is loading"
-        troubles = "; ".join(filter(None, (source.trouble for source in self._sources)))
+        troubles = "; ".join(filter(None, (*(source.trouble for source in self._sources), self._late_watch.why)))
         return ("degraded", troubles) if troubles else ("ready", self._keeper.why)
 
 

@@ -144,6 +144,10 @@ class LatencyBudget:
         }
         return dataclasses.replace(transcript, latency_ms=trace, within_budget=response <= self.response_ms)
 
+    def longest_s(self, costs: CostModel) -> float:
+        """Return the longest segment that may be: what can be decoded in time, 8 to 30 s."""
+        return costs.longest_s(self.response_ms)
+
     def allows_partial(self, cost_ms: float, since_last_ms: float, interval_ms: float) -> bool:
         """Tell whether it is time for a partial: they take half of the engine's time at most."""
         return since_last_ms >= max(interval_ms, 2 * cost_ms)

@@ -1,108 +1,69 @@
 """READ FIRST. The path of a sentence: chunks -> probabilities -> segment -> recognition -> transcript -> sinks.
 
-A `Listener` follows one source. It decodes a segment as soon as it pauses; if the pause lasts, that is the answer.
+A `Listener` follows one source. It decodes a segment as soon as it pauses; if the pause lasts, that is the answer, and
+if speech goes on, it is a partial, like the decodes of what grows meanwhile. `Answers` takes over where segments end.
 """
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import time
-from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import Protocol
-
-import numpy as np
+from dataclasses import dataclass, field
 
 from edge_asr import metrics
+from edge_asr.answers import Answers, Gates, Labels, Pending, TranscriptSink
+from edge_asr.attention import Attention
 from edge_asr.audio.source import AudioSource
-from edge_asr.errors import EngineError
-from edge_asr.recognizer.scheduler import Scheduler
-from edge_asr.speech.completeness import ContentEndpoint
-from edge_asr.speech.energy import end_of_sound
-from edge_asr.speech.segmenter import Ended, Event, Paused, Resumed, Segmenter, Split, Started
+from edge_asr.budget import LatencyBudget
+from edge_asr.recognizer.hypotheses import Hypotheses
+from edge_asr.recognizer.scheduler import Priority, Scheduler
+from edge_asr.recording import Recording
+from edge_asr.speech.completeness import COMPLETE_ENDPOINT, ContentEndpoint
+from edge_asr.speech.segmenter import POST_ROLL, Ended, Event, Paused, Resumed, Segmenter, Split, Started
 from edge_asr.speech.vad import SpeechDetector
-from edge_asr.types import (
-    CHUNK_SAMPLES,
-    SAMPLE_RATE,
-    Chunk,
-    Marks,
-    Recognition,
-    Segment,
-    SegmentId,
-    Transcript,
-    new_segment_id,
-)
+from edge_asr.types import CHUNK_S, Chunk, Partial, Recognition, SegmentId, new_segment_id
 
 log = logging.getLogger(__name__)
 
-PENDING_LIMIT = 4
-"""Ended segments of one source that wait for their recognition; then the source waits.
-
-A file or a pipe can. A microphone keeps 60 s meanwhile, then drops the oldest and yields a chunk that is `lost`.
-"""
-
-
-class TranscriptSink(Protocol):
-    """Whoever takes transcripts."""
-
-    def offer(self, transcript: Transcript) -> None:
-        """Take a transcript; never blocks."""
-
 
 @dataclass(frozen=True, slots=True)
-class Gates:
-    """Thresholds below which a segment is not published; 0 is off."""
+class Pace:
+    """How a listener keeps up with its source."""
 
-    min_confidence: float = 0.0
-    min_speech_ratio: float = 0.0
-    max_tokens_per_s: float = 0.0
-
-    def refuse(self, segment: Segment, recognition: Recognition) -> str | None:
-        """Return the gate that drops the segment, or None."""
-        speech_s = segment.speech_ratio * segment.duration_s
-        if not recognition.text:
-            return "empty"
-        if (recognition.confidence or 0.0) < self.min_confidence:
-            return "confidence"
-        if segment.speech_ratio < self.min_speech_ratio:
-            return "speech_ratio"
-        if self.max_tokens_per_s and len(recognition.tokens) > self.max_tokens_per_s * max(speech_s, 0.1):
-            return "rate"
-        return None
+    live: bool = True
+    """Chunks come at the pace of time: a pause is worth decoding at once, and moments are known."""
+    backlog_s: float | None = None
+    """Audio that may wait for its recognition before the oldest is given up; None: the source can wait instead."""
+    partial_interval_ms: int = 0
+    """How often what is being said is decoded; 0: never."""
 
 
-@dataclass(frozen=True, slots=True)
-class Labels:
-    """What every transcript of a listener says of its origin."""
+@dataclass(slots=True)
+class _Open:
+    """The segment that is being spoken."""
 
-    device: str
-    source: str
-    model: str
-
-
-class Recording:
-    """The chunks of a source that a segment may still need."""
-
-    def __init__(self) -> None:
-        self._chunks: deque[Chunk] = deque()
-        self._first = 0
-
-    def append(self, chunk: Chunk) -> None:
-        """Take the next chunk."""
-        self._chunks.append(chunk)
-
-    def forget(self, before: int) -> None:
-        """Drop the chunks before chunk `before`."""
-        while self._chunks and self._first < before:
-            self._chunks.popleft()
-            self._first += 1
-
-    def between(self, start: int, end: int) -> list[Chunk]:
-        """Return chunks `start` to `end` (exclusive)."""
-        return [self._chunks[k - self._first] for k in range(start, end)]
+    start: int
+    began_at: float
+    """Monotonic seconds of its first sample."""
+    id: SegmentId = field(default_factory=new_segment_id)
+    revision: int = 0
+    hypotheses: Hypotheses = field(default_factory=Hypotheses)
+    decode: Future[Recognition] | None = None
+    """Of all that was said so far: a partial, once it is done."""
+    decoded_at: int = 0
+    """Chunk at which the last decode was begun."""
+    early: tuple[int, int, Future[Recognition]] | None = None
+    """Of the segment as it is if the present pause lasts."""
+    judged: bool = True
+    """The text before the present pause has set its length, or there is none to do so."""
+    skipped: bool = False
+    """The present pause was not decoded at once: there was too much to do."""
+    shown: tuple[str, str] = ("", "")
+    """Text and stable beginning as published last."""
 
 
 class Listener:
@@ -117,49 +78,48 @@ class Listener:
         sinks: Sequence[TranscriptSink],
         labels: Labels,
         gates: Gates,
-        live: bool,
+        pace: Pace,
+        budget: LatencyBudget,
+        attention: Attention | None = None,
         content_endpoint: ContentEndpoint | None = None,
     ) -> None:
-        """`live`: chunks come at the pace of time, so a pause is worth decoding at once and wall-clock times exist.
-
-        `content_endpoint`: how long a pause may last once its text is known; None: as long as the preset says.
-        """
+        """`content_endpoint`: how long a pause may last once its text is known; None: as long as the preset says."""
         self._source = source
         self._detector = detector
         self._segmenter = segmenter
         self._scheduler = scheduler
         self._sinks = sinks
         self._labels = labels
-        self._gates = gates
-        self._live = live
+        self._pace = pace
+        self._budget = budget
+        self._attention = attention or Attention()
         self._content_endpoint = content_endpoint
+        self._answers = Answers(sinks, labels, gates, self._attention, pace.backlog_s)
         self._recording = Recording()
-        self._pending: asyncio.Queue[tuple[Segment, Future[Recognition], bool] | None] = asyncio.Queue(PENDING_LIMIT)
-        self._id: SegmentId | None = None
-        self._revision = 0
-        self._stopping = False
-        self.lost = 0
+        self._open: _Open | None = None
+        self._stopping = self._muted = False
+
+    @property
+    def failed(self) -> int:
         """Segments that the engine failed on."""
-        self._early: tuple[int, int, Future[Recognition]] | None = None
-        self._unjudged: Future[Recognition] | None = None
-        """The decode at the present pause, until its text has set the endpoint."""
+        return self._answers.failed
+
+    @property
+    def lost(self) -> int:
+        """Segments given up because too many waited."""
+        return self._answers.lost
 
     async def run(self) -> None:
         """Listen until the source ends, and until its last transcript is offered. Raises AudioError."""
-        answering = asyncio.create_task(self._answer(), name=f"answer {self._source.name}")
+        answering = asyncio.create_task(self._answers.run(), name=f"answer {self._source.name}")
         try:
             async for chunk in self._source.chunks():
                 if chunk.lost:
                     await self._interrupt()
-                    continue
-                self._recording.append(chunk)
-                if self._unjudged is not None and self._unjudged.done():
-                    self._judge(self._unjudged)
-                for event in self._segmenter.step(self._detector(chunk)):
-                    await self._handle(event)
-                self._recording.forget(self._segmenter.earliest_needed)
+                elif not self._muted:
+                    await self._hear(chunk)
             await self._finish()
-            await self._pending.put(None)
+            await self._answers.end()
             await answering
         finally:
             self._source.close()
@@ -170,140 +130,200 @@ class Listener:
         self._stopping = True
         self._source.close()
 
+    def mute(self, muted: bool) -> None:
+        """Hear nothing, or everything again. What is being said is dropped; closing the device is the source's part."""
+        if muted and not self._muted:
+            self._forget("muted")
+        self._muted = muted
+
+    def use(self, endpoint: int, content_endpoint: ContentEndpoint | None) -> None:
+        """Let other pauses end a segment: another preset."""
+        self._segmenter.use_endpoint(endpoint)
+        self._content_endpoint = content_endpoint
+
+    async def _hear(self, chunk: Chunk) -> None:
+        self._recording.append(chunk)
+        self._look_at_decodes()
+        for event in self._segmenter.step(self._detector(chunk)):
+            await self._handle(event)
+        self._decode_what_grows()
+        self._recording.forget(self._segmenter.earliest_needed)
+
     async def _interrupt(self) -> None:
         """Sound is missing from here on. What has paused is whole; half a command must not be acted on."""
         if self._segmenter.paused:
             for event in self._segmenter.finish():
                 await self._handle(event)
-        elif self._id is not None:
+        elif self._open is not None:
             metrics.CUT_SHORT.inc()
             log.warning("%s: sound is missing in the middle of a segment, which is dropped", self._labels.source)
-            self._id = None
+        self._forget("sound is missing")
+
+    def _forget(self, why: str) -> None:
+        """Drop what is being said, and begin anew with the next chunk."""
+        if self._open is not None:
+            log.debug("%s: %s, what was being said is dropped", self._labels.source, why)
+            self._drop(self._open)
         self._segmenter.cut()
         self._detector.reset()
         self._recording.forget(self._segmenter.earliest_needed)
 
     async def _finish(self) -> None:
         """End the segment that is open. Half a command must not be acted on: 调到二十 may have become 二十六."""
-        if self._stopping and self._id is not None and not self._segmenter.paused:
+        if self._stopping and self._open is not None and not self._segmenter.paused:
             log.info("%s: stopped in the middle of a segment, which is dropped", self._labels.source)
+            self._drop(self._open)
             return
         for event in self._segmenter.finish():
             await self._handle(event)
 
     async def _handle(self, event: Event) -> None:
         match event:
-            case Started():
-                self._id, self._revision = new_segment_id(), 0
+            case Started(start):
+                self._begin(start)
             case Paused(start, end):
-                if self._live:
-                    future = self._decode(start, end)
-                    self._early = (start, end, future)
-                    self._unjudged = None if self._content_endpoint is None else future
+                self._pause(self._still_open(), start, end)
             case Resumed():
-                self._revision += 1
-                self._drop_early()
+                self._resume(self._still_open())
             case Ended(start, end, speech):
-                await self._complete(start, end, speech)
-                self._id = None
+                await self._complete(self._still_open(), start, end, speech)
+                self._open = None
             case Split(start, end, speech):
-                await self._complete(start, end, speech)
-                self._id, self._revision = new_segment_id(), 0
+                await self._complete(self._still_open(), start, end, speech, ("split",))
+                self._begin(end)
 
-    async def _complete(self, start: int, end: int, speech: int) -> None:
+    def _still_open(self) -> _Open:
+        assert self._open is not None  # the segmenter started it
+        return self._open
+
+    def _begin(self, start: int) -> None:
+        self._open = _Open(start, self._recording.captured_at(start), decoded_at=self._segmenter.count)
+        if self._pace.live:
+            longest_s = self._budget.longest_s(self._scheduler.costs)
+            self._segmenter.limit(round(longest_s / CHUNK_S))
+            self._scheduler.warm()
+
+    def _pause(self, current: _Open, start: int, end: int) -> None:
+        """Decode at once: if the pause lasts, that is the answer. Not where it would hold others up."""
+        if not self._pace.live or not self._attention.hears(current.began_at):
+            return
+        if current.decode is not None:  # of less than what is decoded now
+            current.decode.cancel()
+            current.decode = None
+        current.skipped = not self._budget.allows_early(self._scheduler.backlog_ms())
+        if current.skipped:
+            metrics.ENFORCED.labels("not_at_pause").inc()
+            return
+        left = min(self._segmenter.endpoint, COMPLETE_ENDPOINT) - POST_ROLL
+        current.early = (start, end, self._submit(start, end, Priority.MICROPHONE, max(0, left) * CHUNK_S))
+        current.judged = self._content_endpoint is None
+
+    def _resume(self, current: _Open) -> None:
+        """Speech goes on: what was decoded at the pause is a partial now."""
+        current.revision += 1
+        current.judged, current.skipped = True, False
+        if current.early is None:
+            return
+        (*_, decode), current.early = current.early, None
+        if not decode.cancel() and self._pace.partial_interval_ms:
+            current.decode, current.decoded_at = decode, self._segmenter.count
+
+    async def _complete(
+        self, current: _Open, start: int, end: int, speech: int, enforced: tuple[str, ...] = ()
+    ) -> None:
         """Queue the segment with its recognition: the one begun at the pause if it is of the same audio."""
-        segment = self._cut(start, end, speech)
         metrics.SEGMENTS.inc()
-        self._unjudged = None
-        if self._early is not None and self._early[:2] == (start, end):
-            (*_, future), self._early = self._early, None
-            await self._pending.put((segment, future, True))
+        if not self._attention.hears(current.began_at):
+            metrics.UNADDRESSED.labels(self._attention.mode).inc()
+            self._drop(current)
+            return
+        for step in enforced:
+            metrics.ENFORCED.labels(step).inc()
+        segment = dataclasses.replace(
+            self._recording.cut(current.id, start, end, speech, self._pace.live),
+            revision=current.revision,
+            enforced=(*enforced, *(("not_at_pause",) if current.skipped else ())),
+        )
+        at_pause = current.early is not None and current.early[:2] == (start, end)
+        if at_pause and current.early is not None:
+            (*_, recognition), current.early = current.early, None
         else:
-            self._drop_early()
-            await self._pending.put((segment, self._scheduler.submit(segment.samples), False))
+            priority = Priority.MICROPHONE if self._pace.live else Priority.NETWORK
+            recognition = self._submit(start, end, priority)
+        shown = current.shown != ("", "")
+        self._close(current)
+        await self._answers.put(Pending(segment, recognition, at_pause, current.began_at, shown))
 
-    def _decode(self, start: int, end: int) -> Future[Recognition]:
-        chunks = self._recording.between(start, end)
-        return self._scheduler.submit(np.concatenate([chunk.samples for chunk in chunks]))
+    def _drop(self, current: _Open) -> None:
+        """Let what is being said come to nothing."""
+        self._close(current)
+        if current.shown != ("", ""):
+            self._show(Partial(current.id, self._labels.source, "", "", None, end=True))
+
+    def _close(self, current: _Open) -> None:
+        for decode in (current.decode, current.early and current.early[2]):
+            if decode is not None:
+                decode.cancel()
+        self._open = None
+
+    def _submit(self, start: int, end: int, priority: Priority, in_s: float = 0.0) -> Future[Recognition]:
+        """Ask for a recognition of chunks `start` to `end`, to be published in time after `in_s` seconds."""
+        deadline = time.monotonic() + in_s + self._budget.response_ms / 1e3
+        return self._scheduler.submit(self._recording.samples(start, end), priority, deadline)
+
+    def _look_at_decodes(self) -> None:
+        """Take what has been decoded since the last chunk: let it set the length of the pause, or show it."""
+        current = self._open
+        if current is None:
+            return
+        if current.early is not None and not current.judged and current.early[2].done():
+            current.judged = True
+            self._judge(current.early[2])
+        if current.decode is not None and current.decode.done():
+            decode, current.decode = current.decode, None
+            if (recognition := _result(decode)) is not None:
+                self._offer_partial(current, recognition)
 
     def _judge(self, decode: Future[Recognition]) -> None:
         """Let the text before the pause decide how long the pause may last. A failed decode leaves it to the preset."""
-        self._unjudged = None
-        if self._content_endpoint is not None and not decode.cancelled() and decode.exception() is None:
-            self._segmenter.endpoint_after(self._content_endpoint.chunks(decode.result().text))
+        recognition = _result(decode)
+        if self._content_endpoint is not None and recognition is not None:
+            self._segmenter.endpoint_after(self._content_endpoint.chunks(recognition.text))
 
-    def _drop_early(self) -> None:
-        self._unjudged = None
-        if self._early is not None:
-            self._early[2].cancel()
-            self._early = None
+    def _decode_what_grows(self) -> None:
+        """Decode what has been said so far, now and then, if nobody has to wait for that."""
+        current, interval_ms = self._open, self._pace.partial_interval_ms
+        if current is None or not interval_ms or current.decode is not None:
+            return
+        if self._segmenter.silence:  # it may be about to pause, and that decode must not wait
+            return
+        end = self._segmenter.count
+        cost_ms = self._scheduler.costs.estimate_ms((end - current.start) * CHUNK_S)
+        if not self._budget.allows_partial(cost_ms, (end - current.decoded_at) * CHUNK_S * 1e3, interval_ms):
+            return
+        if not self._attention.hears(current.began_at):
+            return
+        current.decoded_at = end
+        if self._scheduler.idle:
+            current.decode = self._submit(current.start, end, Priority.PARTIAL)
+        else:
+            metrics.ENFORCED.labels("partial_skipped").inc()
 
-    def _cut(self, start: int, end: int, speech: int) -> Segment:
-        now, now_wall = time.monotonic(), time.time()
-        chunks = self._recording.between(start, end)
-        samples = np.concatenate([chunk.samples for chunk in chunks])
-        sound_end = end_of_sound(samples)
-        last = chunks[(sound_end - 1) // CHUNK_SAMPLES]
-        within = sound_end - (last.index - chunks[0].index)
-        return Segment(
-            id=self._id or new_segment_id(),
-            revision=self._revision,
-            samples=samples,
-            index=chunks[0].index,
-            speech_ratio=speech / len(chunks),
-            started_at=now_wall - (now - chunks[0].captured_at) if self._live else None,
-            marks=Marks(last.captured_at + within / SAMPLE_RATE, now) if self._live else None,
-        )
+    def _offer_partial(self, current: _Open, recognition: Recognition) -> None:
+        seen = self._attention.preview(recognition, current.began_at)
+        shown = current.hypotheses.add([token.text for token in seen.tokens]) if seen is not None else ("", "")
+        if shown in (("", ""), current.shown):
+            return
+        current.shown = shown
+        metrics.PARTIALS.inc()
+        started_at = time.time() - (time.monotonic() - current.began_at)
+        self._show(Partial(current.id, self._labels.source, *shown, started_at))
 
-    async def _answer(self) -> None:
-        """Turn recognitions into transcripts, in the order of the segments."""
-        while (item := await self._pending.get()) is not None:
-            segment, future, early = item
-            try:
-                recognition = await asyncio.wrap_future(future)
-            except EngineError as error:
-                self.lost += 1
-                metrics.FAILED.inc()
-                log.error("%s: a segment of %.1f s is lost: %s", self._labels.source, segment.duration_s, error)
-                continue
-            except Exception:  # a bug met by one sentence must not end the listening
-                self.lost += 1
-                metrics.FAILED.inc()
-                log.exception("%s: a segment of %.1f s is lost", self._labels.source, segment.duration_s)
-                continue
-            gate = self._gates.refuse(segment, recognition)
-            if gate is not None:
-                metrics.GATED.labels(gate).inc()
-                log.debug("%s: a segment of %.1f s dropped: %s", self._labels.source, segment.duration_s, gate)
-                continue
-            self._offer(transcript_of(segment, recognition, self._labels, early))
-
-    def _offer(self, transcript: Transcript) -> None:
-        metrics.TRANSCRIPTS.inc()
-        log.debug("%s: %s", transcript.source, transcript.text)
-        if transcript.decoded_at_pause:
-            metrics.DECODED_AT_PAUSE.inc()
+    def _show(self, partial: Partial) -> None:
         for sink in self._sinks:
-            sink.offer(transcript)
+            sink.offer_partial(partial)
 
 
-def transcript_of(segment: Segment, recognition: Recognition, labels: Labels, early: bool = False) -> Transcript:
-    """Join what was said with where and when; `early`: decoding began at the pause."""
-    return Transcript(
-        id=segment.id,
-        device=labels.device,
-        source=labels.source,
-        text=recognition.text,
-        text_raw=recognition.text,
-        confidence=recognition.confidence,
-        started_at=segment.started_at,
-        offset_s=segment.index / SAMPLE_RATE,
-        duration_s=segment.duration_s,
-        tokens=recognition.tokens,
-        latency_ms=recognition.stages_ms,
-        within_budget=None,
-        decoded_at_pause=early,
-        model=labels.model,
-        engine=recognition.engine,
-        marks=segment.marks,
-    )
+def _result(decode: Future[Recognition]) -> Recognition | None:
+    """Return what has been decoded; None where nothing came of it."""
+    return None if decode.cancelled() or decode.exception() is not None else decode.result()

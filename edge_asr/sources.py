@@ -14,7 +14,7 @@ from edge_asr.config import FileSourceConfig, MicrophoneSourceConfig, SourceConf
 from edge_asr.errors import EdgeAsrError
 
 LISTENING, ENDED, FAILED = "listening", "ended", "failed"
-CAPTURING = "capturing"
+CAPTURING, MUTED = "capturing", "muted"
 LOST = ("waiting", "stalled", FAILED)
 
 
@@ -40,6 +40,7 @@ class WatchedSource:
         self.audio = make_source(config, self._changed)
         self.live = is_live(config)
         self._on_change = on_change
+        self._muted = False
         self._outcome: tuple[str, str] | None = None
         self._counted: MicrophoneHealth | None = None
         if isinstance(self.audio, MicrophoneSource):
@@ -51,6 +52,16 @@ class WatchedSource:
     def name(self) -> str:
         """What transcripts call it."""
         return self.audio.name
+
+    def mute(self, muted: bool) -> None:
+        """Close a microphone, or open it again; other sources play on and are not heard."""
+        self._muted = muted
+        if not isinstance(self.audio, MicrophoneSource):
+            self._on_change()
+        elif muted:
+            self.audio.mute()
+        else:
+            self.audio.unmute()
 
     def end(self, error: EdgeAsrError | None = None) -> None:
         """Say that it has come to its end, or failed."""
@@ -89,6 +100,6 @@ class WatchedSource:
         if self._outcome is not None:
             return self._outcome
         if not isinstance(self.audio, MicrophoneSource):
-            return LISTENING, ""
+            return (MUTED if self._muted else LISTENING), ""
         health = self.audio.health
         return LISTENING if health.state == CAPTURING else health.state, health.why

@@ -9,10 +9,11 @@ from typing import Protocol
 
 import numpy as np
 
+from edge_asr.answers import Labels, transcript_of
 from edge_asr.audio.decode import decode
 from edge_asr.audio.source import Chunker
-from edge_asr.pipeline import Labels, Recording, transcript_of
 from edge_asr.recognizer.scheduler import Recognizer
+from edge_asr.recording import Recording
 from edge_asr.speech.segmenter import Ended, Rules, Segmenter, Split
 from edge_asr.speech.vad import SpeechDetector
 from edge_asr.types import CHUNK_SAMPLES, SAMPLE_RATE, Chunk, Recognition, Samples, Segment, Transcript, new_segment_id
@@ -85,8 +86,8 @@ def _segments(blocks: Iterator[Samples], detector: SpeechDetector, rules: Rules)
 
 
 def _cut(recording: Recording, event: Ended | Split) -> tuple[int, Samples]:
-    chunks = recording.between(event.start, event.end)
-    return chunks[0].index, np.concatenate([chunk.samples for chunk in chunks])
+    first = recording.between(event.start, event.start + 1)[0]
+    return first.index, recording.samples(event.start, event.end)
 
 
 def _transcript(samples: Samples, index: int, recognition: Recognition, labels: Labels) -> Transcript:

@@ -21,10 +21,10 @@ from mosquitto import PATIENCE_S, Door, Mosquitto, Subscriber, free_port, wait_f
 from prometheus_client import REGISTRY
 
 from edge_asr import app, ladder
+from edge_asr.answers import Labels, transcript_of
 from edge_asr.config import Config, SegmentConfig
 from edge_asr.config_reader import load_config
 from edge_asr.errors import EdgeAsrError, EngineError
-from edge_asr.pipeline import Labels, transcript_of
 from edge_asr.publish import mqtt
 from edge_asr.types import (
     CHUNK_SAMPLES,

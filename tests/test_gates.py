@@ -10,13 +10,26 @@ import pytest
 from bundled import bundle_of, chunks_of, load, sound_of, transcripts
 from prometheus_client import REGISTRY
 
+from edge_asr.answers import Gates, Labels
 from edge_asr.app import choose_gates
+from edge_asr.budget import LatencyBudget
 from edge_asr.config import GatesConfig
-from edge_asr.pipeline import Gates, Labels, Listener
+from edge_asr.pipeline import Listener, Pace
 from edge_asr.recognizer.scheduler import Scheduler
 from edge_asr.speech.segmenter import Rules, Segmenter
 from edge_asr.speech.vad import SileroDetector
-from edge_asr.types import SAMPLE_RATE, Chunk, Marks, Recognition, Samples, Segment, SegmentId, Token, Transcript
+from edge_asr.types import (
+    SAMPLE_RATE,
+    Chunk,
+    Marks,
+    Partial,
+    Recognition,
+    Samples,
+    Segment,
+    SegmentId,
+    Token,
+    Transcript,
+)
 
 Sound = npt.NDArray[np.float64]
 
@@ -52,6 +65,9 @@ class Collector:
     def offer(self, transcript: Transcript) -> None:
         self.transcripts.append(transcript)
 
+    def offer_partial(self, partial: Partial) -> None:
+        pass
+
 
 async def published(samples: Samples, gates: Gates, live: bool = False) -> list[Transcript]:
     """Return what a listener offers of a sound."""
@@ -60,7 +76,9 @@ async def published(samples: Samples, gates: Gates, live: bool = False) -> list[
     await scheduler.start()
     labels = Labels("test", "played", BUNDLE.name)
     source, segmenter = Played(samples), Segmenter(Rules())
-    await Listener(source, SileroDetector(), segmenter, scheduler, [sink], labels, gates, live).run()
+    await Listener(
+        source, SileroDetector(), segmenter, scheduler, [sink], labels, gates, Pace(live), LatencyBudget(300)
+    ).run()
     await scheduler.close()
     return sink.transcripts
 

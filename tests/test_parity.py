@@ -13,8 +13,8 @@ import sherpa_onnx
 import soxr
 from bundled import BUNDLE, load, recipe, write_wav
 
+from edge_asr.answers import Labels
 from edge_asr.audio.decode import read
-from edge_asr.pipeline import Labels
 from edge_asr.recognizer.paraformer import Paraformer
 from edge_asr.speech.segmenter import Rules
 from edge_asr.speech.vad import SileroDetector

@@ -3,79 +3,33 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from itertools import pairwise
 
-import numpy as np
 import pytest
+from listening import BUDGET, GAP, ByLevel, Collector, Fed
 from prometheus_client import REGISTRY
 
+from edge_asr.answers import PENDING_LIMIT, Gates, Labels
 from edge_asr.audio.microphone import MicrophoneSource
 from edge_asr.errors import EngineError
-from edge_asr.pipeline import PENDING_LIMIT, Gates, Labels, Listener
-from edge_asr.recognizer.scheduler import Scheduler
+from edge_asr.pipeline import Listener, Pace
+from edge_asr.recognizer.scheduler import Priority, Scheduler
 from edge_asr.speech.completeness import ContentEndpoint
 from edge_asr.speech.segmenter import POST_ROLL, Ended, Event, Rules, Segmenter
-from edge_asr.types import CHUNK_S, CHUNK_SAMPLES, SAMPLE_RATE, Chunk, Recognition, Samples, Token, Transcript
-
-SPEECH, SILENCE, LOST = "x", ".", "!"
-GAP = 100
-"""Chunks that are missing where there is a `!`, itself counted: 3.2 s."""
-
-
-class Fed:
-    """A source whose chunks come when the test says so; a chunk's samples tell whether it is speech, or lost."""
-
-    name = "fed"
-
-    def __init__(self, pattern: str, then_wait: bool = False) -> None:
-        self._chunks = []
-        index = 0
-        for mark in pattern:
-            samples = np.full(CHUNK_SAMPLES, float(mark == SPEECH), np.float32)
-            self._chunks.append(Chunk(samples, index, index / SAMPLE_RATE, mark == LOST))
-            index += CHUNK_SAMPLES * (GAP if mark == LOST else 1)
-        self._then_wait = then_wait
-        self.taken = asyncio.Event()
-        self._closed = asyncio.Event()
-
-    async def chunks(self) -> AsyncIterator[Chunk]:
-        for chunk in self._chunks:
-            yield chunk
-        self.taken.set()
-        if self._then_wait:
-            await self._closed.wait()
-
-    def close(self) -> None:
-        self._closed.set()
-
-
-class ByLevel:
-    """A detector that notes how many chunks it had heard whenever it was reset."""
-
-    def __init__(self) -> None:
-        self.heard = 0
-        self.resets: list[int] = []
-
-    def __call__(self, chunk: Chunk) -> float:
-        assert not chunk.lost
-        self.heard += 1
-        return float(chunk.samples[0])
-
-    def reset(self) -> None:
-        self.resets.append(self.heard)
+from edge_asr.types import CHUNK_S, CHUNK_SAMPLES, Recognition, Samples, Token, Transcript
 
 
 class Counting:
     """A recogniser that answers with the number of chunks it was given, and fails where it is told to."""
 
-    def __init__(self, failing: Iterator[bool]) -> None:
-        self._failing = failing
+    failing: Iterator[bool] = iter(())
 
     def recognize(self, samples: Samples) -> Recognition:
-        if next(self._failing, False):
+        if next(self.failing, False):
             raise EngineError("the engine failed on purpose")
         text = str(len(samples) // CHUNK_SAMPLES)
         return Recognition(text, (Token(text, None, None, 1.0),), 1.0)
@@ -88,20 +42,20 @@ class CountingScheduler(Scheduler):
     """The real scheduler, which also notes what it was asked for."""
 
     def __init__(self, failing: Sequence[bool] = ()) -> None:
-        super().__init__(lambda: Counting(iter(failing)))
+        self._recognizer = Counting()
+        super().__init__(lambda: self._recognizer)
+        self._failing = failing
         self.asked: list[int] = []
 
-    def submit(self, samples: Samples) -> Future[Recognition]:
+    async def start(self) -> None:
+        await super().start()
+        self._recognizer.failing = iter(self._failing)  # not when the engine is tried
+
+    def submit(
+        self, samples: Samples, priority: Priority = Priority.MICROPHONE, deadline: float = math.inf
+    ) -> Future[Recognition]:
         self.asked.append(len(samples) // CHUNK_SAMPLES)
-        return super().submit(samples)
-
-
-class Collector:
-    def __init__(self) -> None:
-        self.transcripts: list[Transcript] = []
-
-    def offer(self, transcript: Transcript) -> None:
-        self.transcripts.append(transcript)
+        return super().submit(samples, priority, deadline)
 
 
 async def hear(
@@ -116,7 +70,10 @@ async def hear(
     rules = Rules(endpoint=5, pre_roll=2, min_speech=2)
     await scheduler.start()
     labels = Labels("test", "fed", "counting")
-    listener = Listener(source, detector or ByLevel(), Segmenter(rules), scheduler, [sink], labels, Gates(), live)
+    pace = Pace(live)
+    listener = Listener(
+        source, detector or ByLevel(), Segmenter(rules), scheduler, [sink], labels, Gates(), pace, BUDGET
+    )
     running = asyncio.create_task(listener.run())
     if stop:
         await source.taken.wait()
@@ -229,25 +186,27 @@ class Told(Scheduler):
     """A scheduler that answers with one given text after another (None: it fails), each after some more chunks."""
 
     def __init__(self, texts: Sequence[str | None], late: int = 0) -> None:
-        super().__init__(lambda: Counting(iter(())))
+        super().__init__(Counting)
         self._texts = iter(texts)
         self._late = late
-        self._waiting: list[tuple[Future[Recognition], str | None, int]] = []
+        self._told: list[tuple[Future[Recognition], str | None, int]] = []
         self.asked: list[int] = []
 
-    def submit(self, samples: Samples) -> Future[Recognition]:
+    def submit(
+        self, samples: Samples, priority: Priority = Priority.MICROPHONE, deadline: float = math.inf
+    ) -> Future[Recognition]:
         self.asked.append(len(samples) // CHUNK_SAMPLES)
         future: Future[Recognition] = Future()
-        self._waiting.append((future, next(self._texts), self._late))
+        self._told.append((future, next(self._texts), self._late))
         self.tick(0)
         return future
 
     def tick(self, chunks: int = 1) -> None:
         """So much time has passed."""
-        waiting, self._waiting = self._waiting, []
+        waiting, self._told = self._told, []
         for future, text, late in waiting:
             if late > chunks:
-                self._waiting.append((future, text, late - chunks))
+                self._told.append((future, text, late - chunks))
             elif not future.set_running_or_notify_cancel():
                 continue
             elif text is None:
@@ -288,7 +247,10 @@ async def endings(
     endpoint = None if phrases is None else ContentEndpoint(preset, phrases)
     labels = Labels("test", "fed", "told")
     detector = ByLevel()
-    await Listener(Fed(pattern), detector, segmenter, scheduler, [sink], labels, Gates(), live, endpoint).run()
+    await Listener(
+        Fed(pattern), detector, segmenter, scheduler, [sink], labels, Gates(), Pace(live), BUDGET,
+        content_endpoint=endpoint,
+    ).run()  # fmt: skip
     return segmenter.ended, sink.transcripts, scheduler.asked
 
 
@@ -395,7 +357,7 @@ async def test_a_microphone_whose_listener_waits_for_the_engine_drops_the_oldest
     await scheduler.start()
     rules = Rules(pre_roll=0, min_speech=1, max_length=8)
     detector, labels = ByLevel(), Labels("test", "usb", "held")
-    listener = Listener(source, detector, Segmenter(rules), scheduler, [sink], labels, Gates(), live=True)
+    listener = Listener(source, detector, Segmenter(rules), scheduler, [sink], labels, Gates(), Pace(), BUDGET)
     running = asyncio.create_task(listener.run())
     try:
         await happens(lambda: source.health.dropped_chunks > 20)

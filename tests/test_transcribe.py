@@ -25,7 +25,7 @@ SECOND = np.zeros(SAMPLE_RATE, np.float32)
 WIRE_KEYS = {
     *("schema", "id", "seq", "device", "source", "text", "text_itn", "text_raw", "language", "confidence", "start"),
     *("end", "offset_s", "time_synced", "duration_s", "tokens", "latency_ms", "within_budget", "decoded_at_pause"),
-    *("model", "engine", "replayed", "age_s"),
+    *("enforced", "model", "engine", "replayed", "age_s"),
 }
 
 

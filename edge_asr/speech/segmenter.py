@@ -78,6 +78,7 @@ class Segmenter:
 
     def __init__(self, rules: Rules) -> None:
         self._rules = rules
+        self._preset, self._limit = rules.endpoint, rules.max_length
         self._count = 0
         self._start: int | None = None
         self._last_speech = -1
@@ -93,6 +94,21 @@ class Segmenter:
         if self._start is not None:
             return self._start
         return max(self._floor, self._count - self._run - self._rules.pre_roll)
+
+    @property
+    def count(self) -> int:
+        """Chunks heard so far."""
+        return self._count
+
+    @property
+    def silence(self) -> int:
+        """Chunks since the last one that was speech, while a segment is open."""
+        return self._count - 1 - self._last_speech
+
+    @property
+    def endpoint(self) -> int:
+        """Chunks after the last speech chunk that end a segment, unless its text says otherwise."""
+        return self._preset
 
     @property
     def paused(self) -> bool:
@@ -118,6 +134,16 @@ class Segmenter:
         """
         if self._paused:
             self._endpoint = chunks
+
+    def use_endpoint(self, chunks: int) -> None:
+        """Let other pauses end a segment from the next one on: another preset."""
+        self._preset = chunks
+        if not self._paused:
+            self._endpoint = chunks
+
+    def limit(self, chunks: int) -> None:
+        """Split segments that grow longer than this, though not above the rules' `max_length`."""
+        self._limit = min(chunks, self._rules.max_length)
 
     def finish(self) -> Iterator[Event]:
         """The source has ended: end the segment that is open, if any."""
@@ -148,7 +174,7 @@ class Segmenter:
 
     def _follow(self, chunk: int, speech: bool) -> Iterator[Event]:
         assert self._start is not None
-        post_roll = min(POST_ROLL, self._rules.endpoint)
+        post_roll = min(POST_ROLL, self._preset)
         if speech:
             self._last_speech = chunk
             if self._paused:
@@ -162,7 +188,7 @@ class Segmenter:
             if silence >= self._endpoint:
                 yield self._end(self._last_speech + 1 + post_roll)
                 return
-        if chunk + 1 - self._start >= self._rules.max_length:
+        if chunk + 1 - self._start >= self._limit:
             yield self._end(self._last_speech + 1 + post_roll) if self._paused else self._split()
 
     def _speech(self) -> int:
@@ -178,7 +204,7 @@ class Segmenter:
         return ended
 
     def _leave_pause(self) -> None:
-        self._paused, self._endpoint = False, self._rules.endpoint
+        self._paused, self._endpoint = False, self._preset
 
     def _split(self) -> Split:
         """Cut after the quietest of the last chunks before the last speech: the one least likely to be speech."""

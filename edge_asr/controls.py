@@ -1,0 +1,136 @@
+"""What people may change while the appliance runs: mute, preset, listening for a moment. Mute and preset are kept."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from edge_asr.attention import ALWAYS, Attention
+from edge_asr.config import SegmentConfig
+from edge_asr.errors import EdgeAsrError
+from edge_asr.pipeline import Listener
+from edge_asr.sources import WatchedSource
+from edge_asr.speech.completeness import ContentEndpoint, normalize
+from edge_asr.speech.segmenter import ENDPOINTS
+
+log = logging.getLogger(__name__)
+
+FILE = "controls.json"
+
+
+class UnknownPresetError(EdgeAsrError):
+    """A preset that there is not."""
+
+
+def content_endpoint(config: SegmentConfig, preset: str) -> ContentEndpoint | None:
+    """Return what sets the length of a pause by its text; None: the preset alone does."""
+    if not config.content_endpointing:
+        return None
+    return ContentEndpoint(ENDPOINTS[preset], frozenset(map(normalize, config.phrases)))
+
+
+class Controls:
+    """Mute, preset and listening, for all sources alike; for the event loop's thread, but the properties for any."""
+
+    def __init__(
+        self, config: SegmentConfig, attention: Attention, state_dir: Path, changed: Callable[[], None]
+    ) -> None:
+        """Take up what was chosen before the last stop. `changed` is called when a property has changed."""
+        self._config = config
+        self._attention = attention
+        self._file = state_dir / FILE
+        self._changed = changed
+        self._heard: list[tuple[Listener, WatchedSource]] = []
+        chosen = _read(self._file)
+        self.muted = chosen.get("mute") is True
+        preset = chosen.get("preset")
+        self.preset: str = preset if isinstance(preset, str) and preset in ENDPOINTS else config.preset
+
+    def add(self, listener: Listener, source: WatchedSource) -> None:
+        """Take charge of a listener, before it runs."""
+        self._heard.append((listener, source))
+        listener.use(ENDPOINTS[self.preset], content_endpoint(self._config, self.preset))
+        if self.muted:
+            self._mute(listener, source)
+
+    def obey(self, name: str, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Carry out a command (`mute`, `preset`, `listen`) and return how things are then. Raises EdgeAsrError."""
+        match name:
+            case "mute":
+                return self.mute(arguments["mute"])
+            case "preset":
+                return self.use(arguments["preset"])
+            case "listen":
+                return self.listen(arguments.get("seconds"))
+        raise EdgeAsrError(f"unknown command {name}; known here: mute, preset, listen")
+
+    def mute(self, muted: bool) -> Mapping[str, Any]:
+        """Close all microphones and hear nothing of the other sources, or the reverse."""
+        if muted != self.muted:
+            self.muted = muted
+            for listener, source in self._heard:
+                self._mute(listener, source)
+            self._keep()
+        return {"mute": muted}
+
+    def use(self, preset: str) -> Mapping[str, Any]:
+        """Change the preset. Raises UnknownPresetError."""
+        if preset not in ENDPOINTS:
+            raise UnknownPresetError(f"unknown preset {preset}; known here: {', '.join(ENDPOINTS)}")
+        if preset != self.preset:
+            self.preset = preset
+            for listener, _ in self._heard:
+                listener.use(ENDPOINTS[preset], content_endpoint(self._config, preset))
+            self._keep()
+        return {"preset": preset}
+
+    def listen(self, seconds: float | None) -> Mapping[str, Any]:
+        """Hear whoever speaks for so many seconds. Raises EdgeAsrError."""
+        if self.muted:
+            raise EdgeAsrError("muted; send off to cmd/mute first")
+        if self._attention.mode == ALWAYS:
+            return {"listen": ALWAYS}
+        return {"listen": self._attention.mode, "seconds": self._attention.listen(seconds)}
+
+    def _mute(self, listener: Listener, source: WatchedSource) -> None:
+        listener.mute(self.muted)
+        source.mute(self.muted)
+
+    def _keep(self) -> None:
+        log.info("%s, preset %s", "muted" if self.muted else "not muted", self.preset)
+        self._changed()
+        try:
+            _write(self._file, {"mute": self.muted, "preset": self.preset})
+        except OSError as error:  # it holds all the same, until the next start
+            log.warning("cannot keep mute and preset for the next start: %s", error)
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    try:
+        chosen = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError) as error:
+        log.warning("%s cannot be read, so that nothing is muted and the configured preset holds: %s", path, error)
+        return {}
+    return chosen if isinstance(chosen, dict) else {}
+
+
+def _write(path: Path, chosen: Mapping[str, Any]) -> None:
+    """Replace the file in one step, so that a power cut leaves the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{FILE}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(chosen, file)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).replace(path)
+    except OSError:
+        Path(temporary).unlink()
+        raise

@@ -1,0 +1,107 @@
+"""To whom the appliance listens: each mode, the time for which it was asked to, and a wake phrase on its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from listening import Clock, Exactly
+from prometheus_client import REGISTRY
+
+from edge_asr.attention import ALWAYS, PHRASE, PUSH_TO_TALK, Attention
+from edge_asr.recognizer.tokens import join
+from edge_asr.types import Recognition, Token
+
+
+def said(text: str) -> Recognition:
+    return Recognition(text, tuple(Token(character, 0, 1, 0.9) for character in text), 0.9)
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def make(clock: Clock) -> Callable[[str], Attention]:
+    return lambda mode: Attention(mode, Exactly("小爱同学"), 8.0, clock)
+
+
+def unaddressed(mode: str) -> float:
+    return REGISTRY.get_sample_value("edge_asr_unaddressed_total", {"mode": mode}) or 0.0
+
+
+def test_always_is_everybody(make: Callable[[str], Attention], clock: Clock) -> None:
+    attention = make(ALWAYS)
+    assert attention.hears(clock.now)
+    assert attention.admit(said("打开灯"), clock.now) == said("打开灯")
+
+
+def test_push_to_talk_hears_nobody_until_it_is_asked_to(make: Callable[[str], Attention], clock: Clock) -> None:
+    attention = make(PUSH_TO_TALK)
+    assert not attention.hears(clock.now)
+    assert attention.listen() == 8.0
+    assert attention.hears(clock.now), "what began a moment before is heard too"
+    assert attention.hears(clock.now + 8.0)
+    assert attention.admit(said("打开灯"), clock.now + 8.0) == said("打开灯")
+    assert not attention.hears(clock.now + 8.1)
+
+
+def test_what_began_in_time_is_heard_to_its_end(make: Callable[[str], Attention], clock: Clock) -> None:
+    attention = make(PUSH_TO_TALK)
+    attention.listen(2.0)
+    began_at, clock.now = clock.now + 1.9, clock.now + 20
+    assert attention.hears(began_at)
+    assert attention.admit(said("打开灯"), began_at) is not None
+
+
+def test_listening_can_be_ended(make: Callable[[str], Attention], clock: Clock) -> None:
+    attention = make(PUSH_TO_TALK)
+    attention.listen()
+    attention.ignore()
+    assert not attention.hears(clock.now)
+
+
+def test_only_what_follows_the_wake_phrase_is_let_through(make: Callable[[str], Attention], clock: Clock) -> None:
+    attention, before = make(PHRASE), unaddressed(PHRASE)
+    assert attention.hears(clock.now), "or it could not be told"
+    found = attention.admit(said("小爱同学打开灯"), clock.now)
+    assert found is not None
+    assert (found.text, join([token.text for token in found.tokens])) == ("打开灯", "打开灯")
+    assert attention.admit(said("我们打开灯吧"), clock.now) is None
+    assert unaddressed(PHRASE) == before + 1
+
+
+def test_a_wake_phrase_on_its_own_makes_it_listen_for_a_while(make: Callable[[str], Attention], clock: Clock) -> None:
+    attention, before = make(PHRASE), unaddressed(PHRASE)
+    assert attention.admit(said("小爱同学"), clock.now) is None
+    assert unaddressed(PHRASE) == before, "somebody did address us"
+    assert attention.admit(said("打开灯"), clock.now + 7.9) == said("打开灯")
+    assert attention.admit(said("打开灯"), clock.now + 8.1) is None
+
+
+def test_who_is_asked_to_listen_needs_no_wake_phrase(make: Callable[[str], Attention], clock: Clock) -> None:
+    attention = make(PHRASE)
+    attention.listen(3.0)
+    assert attention.admit(said("打开灯"), clock.now + 2) == said("打开灯")
+
+
+@pytest.mark.parametrize(
+    ("mode", "text", "shown"),
+    [
+        (ALWAYS, "打开", "打开"),
+        (PUSH_TO_TALK, "打开", None),
+        (PHRASE, "打开", None),
+        (PHRASE, "小爱", None),
+        (PHRASE, "小爱同学", None),
+        (PHRASE, "小爱同学打", "打"),
+    ],
+)
+def test_what_grows_is_shown_once_it_is_known_to_be_for_us(
+    make: Callable[[str], Attention], clock: Clock, mode: str, text: str, shown: str | None
+) -> None:
+    attention, before = make(mode), unaddressed(mode)
+    found = attention.preview(said(text), clock.now)
+    assert (found and found.text) == shown
+    assert unaddressed(mode) == before
+    assert not attention.hears(clock.now) or mode != PUSH_TO_TALK, "and nothing is changed by looking"

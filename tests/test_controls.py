@@ -1,0 +1,172 @@
+"""What may be changed while the appliance runs: it holds for all sources, it is kept, and it is told."""
+
+from __future__ import annotations
+
+import logging
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import cast
+
+import pytest
+from listening import Clock, Exactly
+
+from edge_asr.attention import ALWAYS, PHRASE, PUSH_TO_TALK, Attention
+from edge_asr.config import SegmentConfig
+from edge_asr.controls import FILE, Controls
+from edge_asr.errors import EdgeAsrError
+from edge_asr.pipeline import Listener
+from edge_asr.sources import WatchedSource
+from edge_asr.speech.completeness import ContentEndpoint
+
+
+class Ear:
+    """Listener and source in one, which note what they are told."""
+
+    def __init__(self) -> None:
+        self.muted: list[bool] = []
+        self.endpoints: list[tuple[int, ContentEndpoint | None]] = []
+
+    def mute(self, muted: bool) -> None:
+        self.muted.append(muted)
+
+    def use(self, endpoint: int, content_endpoint: ContentEndpoint | None) -> None:
+        self.endpoints.append((endpoint, content_endpoint))
+
+
+class Changes:
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self) -> None:
+        self.count += 1
+
+
+@pytest.fixture
+def changes() -> Changes:
+    return Changes()
+
+
+@pytest.fixture
+def make(tmp_path: Path, changes: Changes) -> Callable[..., Controls]:
+    def made(mode: str = ALWAYS, **segment: object) -> Controls:
+        attention = Attention(mode, Exactly("小爱同学"), 8.0, Clock())
+        return Controls(SegmentConfig.model_validate(segment), attention, tmp_path / "state", changes)
+
+    return made
+
+
+def listen_with(controls: Controls) -> Ear:
+    ear = Ear()
+    controls.add(cast(Listener, ear), cast(WatchedSource, ear))
+    return ear
+
+
+def test_a_preset_holds_for_all_sources_and_after_a_restart(make: Callable[..., Controls], changes: Changes) -> None:
+    controls = make(preset="relaxed", content_endpointing=False)
+    ears = [listen_with(controls) for _ in range(2)]
+    assert [ear.endpoints for ear in ears] == [[(25, None)]] * 2
+    assert controls.obey("preset", {"preset": "aggressive"}) == {"preset": "aggressive"}
+    assert [ear.endpoints[-1] for ear in ears] == [(5, None)] * 2
+    assert changes.count == 1
+    again = make(preset="relaxed")
+    assert again.preset == "aggressive"
+    assert listen_with(again).endpoints == [(5, ContentEndpoint(5))]
+
+
+def test_the_text_goes_by_the_preset_too(make: Callable[..., Controls]) -> None:
+    controls = make(phrases=["打开客厅灯"])
+    ear = listen_with(controls)
+    controls.use("relaxed")
+    assert [endpoint for _, endpoint in ear.endpoints] == [
+        ContentEndpoint(chunks, frozenset({"打 开 客 厅 灯"})) for chunks in (12, 25)
+    ]
+
+
+def test_mute_holds_for_all_sources_and_after_a_restart(make: Callable[..., Controls], changes: Changes) -> None:
+    controls = make()
+    ear = listen_with(controls)
+    assert controls.obey("mute", {"mute": True}) == {"mute": True}
+    assert ear.muted == [True] * 2, "the listener and its source"
+    again = make()
+    assert again.muted
+    assert listen_with(again).muted == [True] * 2, "before it runs"
+    assert again.obey("mute", {"mute": False}) == {"mute": False}
+    assert not make().muted
+    assert changes.count == 2
+
+
+def test_what_is_so_already_changes_nothing(make: Callable[..., Controls], changes: Changes, tmp_path: Path) -> None:
+    controls = make()
+    ear = listen_with(controls)
+    assert controls.obey("mute", {"mute": False}) == {"mute": False}
+    assert controls.obey("preset", {"preset": "default"}) == {"preset": "default"}
+    assert (ear.muted, len(ear.endpoints), changes.count) == ([], 1, 0)
+    assert not (tmp_path / "state").exists()
+
+
+@pytest.mark.parametrize(
+    ("mode", "result"),
+    [
+        (ALWAYS, {"listen": "always"}),
+        (PUSH_TO_TALK, {"listen": "push_to_talk", "seconds": 3.0}),
+        (PHRASE, {"listen": "phrase", "seconds": 3.0}),
+    ],
+)
+def test_it_listens_when_asked_to(make: Callable[..., Controls], mode: str, result: dict[str, object]) -> None:
+    assert make(mode).obey("listen", {"seconds": 3.0}) == result
+
+
+def test_it_listens_for_the_configured_time_where_none_is_said(make: Callable[..., Controls]) -> None:
+    assert make(PUSH_TO_TALK).obey("listen", {"seconds": None})["seconds"] == 8.0
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "why"),
+    [
+        ("preset", {"preset": "quick"}, "unknown preset quick; known here: aggressive, default, relaxed"),
+        ("dance", {}, "unknown command dance; known here: mute, preset, listen"),
+    ],
+)
+def test_what_cannot_be_done_says_what_can(
+    make: Callable[..., Controls], name: str, arguments: dict[str, object], why: str
+) -> None:
+    with pytest.raises(EdgeAsrError) as refused:
+        make().obey(name, arguments)
+    assert str(refused.value) == why
+
+
+def test_one_that_is_muted_does_not_pretend_to_listen(make: Callable[..., Controls]) -> None:
+    controls = make(PUSH_TO_TALK)
+    controls.mute(True)
+    with pytest.raises(EdgeAsrError, match="muted"):
+        controls.listen(3.0)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"mute": 1, "preset": "quick"}', '{"preset": []}', "\0"])
+def test_a_damaged_file_is_as_good_as_none(make: Callable[..., Controls], tmp_path: Path, content: str) -> None:
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / FILE).write_text(content, encoding="utf-8")
+    controls = make(preset="relaxed")
+    assert (controls.muted, controls.preset) == (False, "relaxed")
+
+
+def test_what_cannot_be_kept_holds_all_the_same_and_says_so(
+    make: Callable[..., Controls], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "state").write_text("a file where the folder belongs", encoding="utf-8")
+    controls = make()
+    controls.mute(True)
+    assert controls.muted
+    assert [record.levelno for record in caplog.records if record.levelno >= logging.WARNING] == [logging.WARNING]
+
+
+def test_the_file_is_replaced_whole_and_nothing_is_left_beside_it(
+    make: Callable[..., Controls], tmp_path: Path
+) -> None:
+    controls = make()
+    for muted in (True, False, True):
+        controls.mute(muted)
+    (kept,) = (tmp_path / "state").iterdir()
+    assert kept.name == FILE
+    assert stat.S_IMODE(kept.stat().st_mode) & 0o077 == 0
