@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import os
-import socket
 import sys
 import tempfile
 import wave
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +19,15 @@ from paho.mqtt.enums import CallbackAPIVersion
 from edge_asr import logs
 from edge_asr.app import STOP_SIGNALS, Daemon
 from edge_asr.audio.decode import decode
+from edge_asr.broker import HOST, serving
 from edge_asr.config import BUNDLED_MODEL, Config, FileSourceConfig
 from edge_asr.errors import ConfigError
 from edge_asr.types import SAMPLE_RATE, Samples
 
-HOST = "127.0.0.1"
 GAP_S = 1.0
 """Silence between two samples."""
 ARRIVAL_S = 10.0
 """How long the last message may take after the daemon has published it."""
-SHUTDOWN_S = 5.0
-"""How long the broker may take to end."""
 
 GO_ON = """
 How to go on
@@ -51,14 +46,11 @@ def run_demo(config: Config, keep: bool) -> int:
     if "model" not in config.model_fields_set:
         config = config.model_copy(update={"model": BUNDLED_MODEL})
     logs.set_up("WARNING")
-    logging.getLogger("amqtt").setLevel(logging.CRITICAL)
-    logging.getLogger("transitions").setLevel(logging.CRITICAL)
     return asyncio.run(_until_stopped(config, keep))
 
 
 async def _until_stopped(config: Config, keep: bool) -> int:
     """Run; SIGINT and SIGTERM stop everything in order, which is how `--keep` is meant to end."""
-    asyncio.get_running_loop().set_exception_handler(_complain)
     showing = asyncio.create_task(_run(config, keep), name="demo")
     for number in STOP_SIGNALS:
         asyncio.get_running_loop().add_signal_handler(number, showing.cancel)
@@ -68,31 +60,24 @@ async def _until_stopped(config: Config, keep: bool) -> int:
         return 0 if keep else 1
 
 
-def _complain(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Report what goes wrong in callbacks; a connection of the broker that is cancelled does not (Python < 3.12)."""
-    if not isinstance(context.get("exception"), asyncio.CancelledError):
-        loop.default_exception_handler(context)
-
-
 async def _run(config: Config, keep: bool) -> int:
     samples = _read_samples(config.model / "samples")
-    port = _free_port()
     with tempfile.TemporaryDirectory(prefix="edge_asr-demo-") as folder:
         tape = Path(folder) / "samples.wav"
         _write_tape(tape, [audio for _, audio in samples])
-        played = config.model_copy(
-            update={
-                "sources": (FileSourceConfig(path=tape, name="samples"),),
-                "mqtt": config.mqtt.model_copy(update={"enabled": True, "host": HOST, "port": port}),
-            }
-        )
-        async with _broker(port):
+        async with serving() as broker:
+            played = config.model_copy(
+                update={
+                    "sources": (FileSourceConfig(path=tape, name="samples"),),
+                    "mqtt": config.mqtt.model_copy(update={"enabled": True, "host": HOST, "port": broker.port}),
+                }
+            )
             showing = asyncio.current_task()
             assert showing is not None
             topic = f"{config.mqtt.base}/{config.device_id}/transcript"
-            subscriber = Subscriber(port, topic, on_broken_pipe=showing.cancel)
+            subscriber = Subscriber(broker.port, topic, on_broken_pipe=showing.cancel)
             try:
-                print(f"broker     mqtt://{HOST}:{port}")
+                print(f"broker     mqtt://{HOST}:{broker.port}")
                 print(f"subscriber {subscriber.topic}")
                 print(f"microphone {len(samples)} sample recordings of {config.model.name}, at the pace of speech\n")
                 sys.stdout.flush()  # the first sentence takes a while
@@ -100,7 +85,7 @@ async def _run(config: Config, keep: bool) -> int:
                 print(GO_ON, flush=True)
                 while keep:
                     print("\nagain, until Ctrl-C; watch from elsewhere:", end=" ")
-                    print(f"mosquitto_sub -h {HOST} -p {port} -v -t '#'\n", flush=True)
+                    print(f"mosquitto_sub -h {HOST} -p {broker.port} -v -t '#'\n", flush=True)
                     await _play(played, subscriber, [text for text, _ in samples])
             finally:
                 subscriber.close()
@@ -171,34 +156,6 @@ class Subscriber:
             self._on_broken_pipe()
         self.texts.append(transcript["text"])
         self._arrived.set()
-
-
-@asynccontextmanager
-async def _broker(port: int) -> AsyncIterator[None]:
-    try:
-        from amqtt.broker import Broker
-    except ImportError as error:
-        raise ConfigError("the demo needs its broker: pip install 'edge-asr[demo]', or run scripts/setup") from error
-    broker = Broker(
-        {
-            "listeners": {"default": {"type": "tcp", "bind": f"{HOST}:{port}"}},
-            "plugins": {"amqtt.plugins.authentication.AnonymousAuthPlugin": {"allow_anonymous": True}},
-        }
-    )
-    await broker.start()
-    try:
-        yield
-    finally:
-        # It waits for clients that are just connecting, for as long as they like.
-        with suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(broker.shutdown(), SHUTDOWN_S)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _read_samples(folder: Path) -> list[tuple[str, Samples]]:
