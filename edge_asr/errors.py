@@ -25,6 +25,10 @@ class BundleError(EdgeAsrError):
     exit_code = 3
 
 
+class InterruptedRunError(EdgeAsrError):
+    """A recognition was interrupted for one that cannot wait: nothing is wrong with the engine."""
+
+
 class EngineError(EdgeAsrError):
     """A loaded model failed, or does not fit this machine."""
 

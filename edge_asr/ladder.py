@@ -16,6 +16,7 @@ from edge_asr.errors import BrokenEngineError, BundleError, EngineError
 from edge_asr.loader import UnfitError, engine_folder, load_engine, load_on_cuda, load_recognizer, processor_target
 from edge_asr.recognizer.bundle import Bundle
 from edge_asr.recognizer.manifest import TENSORRT, read_manifest, resolved
+from edge_asr.recognizer.network import interruptible
 from edge_asr.recognizer.onnx_network import ONNX_CUDA
 from edge_asr.recognizer.tensorrt_network import unavailable
 from edge_asr.types import Recognition, Samples
@@ -31,6 +32,10 @@ class LoadedEngine(Protocol):
     @property
     def engine(self) -> str:
         """What transcripts call it, `onnx-int8` for example."""
+
+    @property
+    def batches(self) -> bool:
+        """Whether several segments are recognised in one run."""
 
     def recognize(self, samples: Samples) -> Recognition:
         """Recognise `[n]` float32 samples at 16 kHz. Raises EngineError."""
@@ -90,6 +95,11 @@ class Ladder:
         """The engine that answers at present."""
         return self._present.engine
 
+    @property
+    def batches(self) -> bool:
+        """Whether that recognises several segments in one run."""
+        return self._present.batches
+
     def recognize(self, samples: Samples) -> Recognition:
         """Recognise `[n]` float32 samples at 16 kHz. Raises EngineError, BrokenEngineError if nothing can any more."""
         return self._ask(lambda engine: engine.recognize(samples))
@@ -97,6 +107,16 @@ class Ladder:
     def recognize_batch(self, batch: Sequence[Samples]) -> list[Recognition]:
         """Recognise several segments, each as if it were alone. Raises as `recognize`."""
         return self._ask(lambda engine: engine.recognize_batch(batch))
+
+    def interrupt(self) -> None:
+        """End what is being recognised, and let nothing begin, where the engine can; see Interruptible."""
+        for engine in interruptible(self._present, self._spare):
+            engine.interrupt()
+
+    def resume(self) -> None:
+        """Go on recognising."""
+        for engine in interruptible(self._present, self._spare):
+            engine.resume()
 
     def close(self) -> None:
         """Release what is loaded."""

@@ -27,6 +27,8 @@ class Told:
         self.unreleasable: Exception | None = None
         self.closed = 0
 
+    batches = True
+
     def recognize(self, samples: Samples) -> Recognition:
         assert not self.closed
         if self.failing is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy.typing as npt
 
@@ -36,3 +36,19 @@ class Network(Protocol):
 
     def close(self) -> None:
         """Release memory and device."""
+
+
+@runtime_checkable
+class Interruptible(Protocol):
+    """What a network or recogniser may be as well: able to end a run before it is done. Those of a GPU are short."""
+
+    def interrupt(self) -> None:
+        """Let the run under way, and all to come, raise InterruptedRunError as soon as can be; from any thread."""
+
+    def resume(self) -> None:
+        """Let runs be completed again."""
+
+
+def interruptible(*parts: object) -> list[Interruptible]:
+    """Return those that can be interrupted."""
+    return [part for part in parts if isinstance(part, Interruptible)]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from edge_asr.errors import BrokenEngineError, BundleError, EngineError
+from edge_asr.errors import BrokenEngineError, BundleError, EngineError, InterruptedRunError
 from edge_asr.recognizer.network import BUCKETS, Arrays
 
 if TYPE_CHECKING:
@@ -82,6 +82,7 @@ class OnnxNetwork:
         self._session = _load(path, threads, cuda)
         self._outputs = [output.name for output in self._session.get_outputs()]
         self._bound = None if cuda is None else _Bound(self._session, cuda)
+        self._options = _run_options()
 
     @property
     def metadata(self) -> Mapping[str, str]:
@@ -89,14 +90,27 @@ class OnnxNetwork:
         return dict(self._session.get_modelmeta().custom_metadata_map)
 
     def run(self, inputs: Arrays) -> Arrays:
-        """Compute. Raises EngineError where onnxruntime fails, BrokenEngineError where the GPU does."""
+        """Compute. Raises EngineError where onnxruntime fails, BrokenEngineError where the GPU does.
+
+        InterruptedRunError where it was interrupted, which takes no longer than an operator of the graph does.
+        """
         try:
             if self._bound is not None:
                 return self._bound.run(inputs)
-            return dict(zip(self._outputs, self._session.run(None, dict(inputs)), strict=True))
+            return dict(zip(self._outputs, self._session.run(None, dict(inputs), self._options), strict=True))
         except Exception as error:  # onnxruntime's exceptions have no common base but this
+            if self._options.terminate and self._bound is None:
+                raise InterruptedRunError(f"{self._path}: interrupted") from error
             kind = BrokenEngineError if BROKEN.search(str(error)) else EngineError
             raise kind(f"{self._path}: onnxruntime failed: {_first_line(error)}") from error
+
+    def interrupt(self) -> None:
+        """End the run under way, and let none begin; see Interruptible. On a GPU they are short, and go on."""
+        self._options.terminate = True
+
+    def resume(self) -> None:
+        """Let runs be completed again."""
+        self._options.terminate = False
 
     def close(self) -> None:
         """Release the session."""
@@ -221,11 +235,12 @@ def _filled_up(array: npt.NDArray[np.float32], shape: tuple[int, ...]) -> npt.ND
     return whole
 
 
-def _run_options(graph: int) -> onnxruntime.RunOptions:
+def _run_options(graph: int | None = None) -> onnxruntime.RunOptions:
     import onnxruntime
 
     options = onnxruntime.RunOptions()
-    options.add_run_config_entry("gpu_graph_id", str(graph))
+    if graph is not None:
+        options.add_run_config_entry("gpu_graph_id", str(graph))
     return options
 
 

@@ -14,7 +14,7 @@ from edge_asr.errors import BundleError, EngineError, NotFiniteError, TooLargeEr
 from edge_asr.recognizer.bundle import Bundle, cmvn_from_metadata
 from edge_asr.recognizer.cif import Alphas, overlaps, token_times
 from edge_asr.recognizer.features import WIDTH, FeatureExtractor, Features
-from edge_asr.recognizer.network import Arrays, DeviceArray, Network
+from edge_asr.recognizer.network import Arrays, DeviceArray, Network, interruptible
 from edge_asr.recognizer.tokens import SPECIAL_IDS, join
 from edge_asr.types import SAMPLE_RATE, Recognition, Samples, Token
 
@@ -87,6 +87,16 @@ class Paraformer:
         """Return what the networks say of `[n]` samples, before it becomes text. Raises EngineError."""
         features = self._features(samples)
         return self._decode([features], {})[0] if len(features) else NOTHING
+
+    def interrupt(self) -> None:
+        """End what is being recognised, and let nothing begin, where the networks can; see Interruptible."""
+        for network in interruptible(self._encoder, self._decoder):
+            network.interrupt()
+
+    def resume(self) -> None:
+        """Go on recognising."""
+        for network in interruptible(self._encoder, self._decoder):
+            network.resume()
 
     def close(self) -> None:
         """Release the networks."""
@@ -207,9 +217,9 @@ def position_encoding(frames: int) -> Features:
     return encoding
 
 
-def noise() -> Samples:
-    """Return a second of soft noise."""
-    sound: Samples = np.random.default_rng(0).standard_normal(SAMPLE_RATE).astype(np.float32)
+def noise(seconds: int = 1) -> Samples:
+    """Return soft noise."""
+    sound: Samples = np.random.default_rng(0).standard_normal(seconds * SAMPLE_RATE).astype(np.float32)
     sound *= np.float32(0.1)
     return sound
 

@@ -1,23 +1,25 @@
-"""The inference thread: it loads the model, owns it, answers one request after another, and changes it between two."""
+"""The inference thread: it loads the model, owns it, answers what is most urgent, and changes it between two runs."""
 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
+from edge_asr import metrics
 from edge_asr.budget import CostModel
-from edge_asr.errors import BrokenEngineError, EngineError
+from edge_asr.errors import BrokenEngineError, EngineError, InterruptedRunError
+from edge_asr.recognizer.network import Interruptible, interruptible
 from edge_asr.recognizer.paraformer import noise
 from edge_asr.recognizer.requests import Priority as Priority  # who asks finds it beside `submit`
 from edge_asr.recognizer.requests import Request, Waiting
+from edge_asr.recognizer.runs import Run, may_share
 from edge_asr.recognizer.self_test import count_same
 from edge_asr.types import Recognition, Samples
 
@@ -25,6 +27,8 @@ log = logging.getLogger(__name__)
 
 WARM_AFTER_S = 2.0
 """An engine that has been idle for so long is slower at first."""
+MEASURED_S = (1, 8)
+"""Seconds of noise whose cost is measured when an engine is loaded."""
 SMALLEST = 7_680
 """Samples of the smallest input: 8 frames of 60 ms."""
 
@@ -39,16 +43,16 @@ class Recognizer(Protocol):
         """Release the model."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Running:
-    """What the inference thread is at."""
+@runtime_checkable
+class Batching(Protocol):
+    """What a recogniser may be as well: one that takes several sounds at a time."""
 
-    request: Request
-    estimate_ms: float
-    started_at: float
+    @property
+    def batches(self) -> bool:
+        """Whether it does so at present, in one run."""
 
-    def left_ms(self) -> float:
-        return max(0.0, self.estimate_ms - (time.monotonic() - self.started_at) * 1e3)
+    def recognize_batch(self, batch: Sequence[Samples]) -> list[Recognition]:
+        """Recognise several segments, each as if it were alone. Raises EngineError."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +60,16 @@ class _Swap:
     """A recogniser that waits to take over."""
 
     recognizer: Recognizer
+    costs: CostModel
     done: Future[None]
 
 
 class Scheduler:
-    """Hands requests to the thread `inference`, in order.
+    """Hands requests to the thread `inference`: a microphone's first, then by deadline, then in order.
+
+    What runs gives way to a microphone that would be late otherwise, if the recogniser is Interruptible, and only such
+    a one is measured. A partial is cancelled then; a request of NETWORK is begun again, and in the end cut into pieces
+    that are short enough, so that it is done however busy the microphone.
 
     Whoever submits bounds the queue: a listener has at most a few segments pending and waits for them. The threads are
     daemon ones, so that an inference that takes too long does not keep the process from ending.
@@ -71,18 +80,23 @@ class Scheduler:
         self._load = load
         self._loaded: Future[None] = Future()
         self.costs = CostModel()
-        """What a recognition costs."""
+        """What a recognition costs; measured when a recogniser is loaded, and with every run."""
+        self._interruptible: Sequence[Interruptible] = ()
+        """The recogniser, if it is."""
         self._waiting = Waiting()
-        self._running: _Running | None = None
+        self._running: Run | None = None
         self._idle_since = -math.inf
         self._taking_over: _Swap | None = None
         self._thread = threading.Thread(target=self._work, name="inference", daemon=True)
+        self._watcher = threading.Thread(target=self._watch, name="deadlines", daemon=True)
         self._swapped: Future[None] | None = None
         self._swap_thread: threading.Thread | None = None
         self._recent: tuple[Samples, Recognition] | None = None
         self._closing = False
-        self._changed = threading.Condition()
-        """Of what waits, runs, or is to end; its lock guards all of that."""
+        self._lock = threading.RLock()
+        """Of what waits, runs, or is to end."""
+        self._changed = threading.Condition(self._lock)
+        self._hurried = threading.Condition(self._lock)
         self.broken: Future[None] = Future()
         """Raises BrokenEngineError from when on nothing can be recognised any more, until the process starts anew."""
         self.broken.set_running_or_notify_cancel()  # whoever waits for it cannot cancel it
@@ -95,12 +109,13 @@ class Scheduler:
     async def start(self) -> None:
         """Load the model. Raises BundleError or EngineError."""
         self._thread.start()
+        self._watcher.start()
         await asyncio.wrap_future(self._loaded)
 
     @property
     def idle(self) -> bool:
         """True while nothing waits and nothing runs."""
-        with self._changed:
+        with self._lock:
             return self._running is None and not len(self._waiting)
 
     def submit(
@@ -111,33 +126,36 @@ class Scheduler:
         Those of NETWORK and PARTIAL can be cancelled until they are answered.
         """
         request = Request(samples, priority, deadline)
+        if priority != Priority.MICROPHONE:  # a run that nobody waits for any more is interrupted
+            request.answer.add_done_callback(lambda answer: self._hurry() if answer.cancelled() else None)
         self._put(request)
         return request.answer
 
     def backlog_ms(self) -> float:
         """Return how many milliseconds of microphones' requests wait or run, as far as can be told."""
-        with self._changed:
-            asked = [one for one in self._waiting if one.priority == Priority.MICROPHONE]
-            running = self._running
-        backlog = sum(self.costs.estimate_ms(one.seconds) for one in asked)
-        if running is not None and running.request.priority == Priority.MICROPHONE:
-            backlog += running.left_ms()
+        with self._lock:
+            asked = [one.seconds for one in self._waiting if one.priority == Priority.MICROPHONE]
+            run = self._running
+        backlog = sum(map(self.costs.estimate_ms, asked))
+        if run is not None and run.priority == Priority.MICROPHONE:
+            backlog += run.left_ms(time.monotonic())
         return backlog
 
     def warm(self) -> None:
         """Let an engine that has been idle for a while run once on next to nothing: it is needed soon."""
-        with self._changed:
+        with self._lock:
             if not self.idle or time.monotonic() - self._idle_since < WARM_AFTER_S:
                 return
-        self._put(Request(noise()[:SMALLEST], Priority.PARTIAL, counts=False))
+            self._put(Request(noise()[:SMALLEST], Priority.PARTIAL, counts=False))
 
     def _put(self, request: Request) -> None:
-        with self._changed:
+        with self._lock:
             if not self._closing:
                 self._waiting.push(request)
                 self._changed.notify()
+                self._hurry()
                 return
-        request.answer.cancel()
+        request.give_up()
 
     async def swap(self, load: Callable[[], Recognizer]) -> None:
         """Load another recogniser while the present one answers, try it, and let it answer from the next request on.
@@ -158,13 +176,15 @@ class Scheduler:
 
         False: the request under way, or a load, took longer than `timeout_s`, and its thread was left behind.
         """
-        with self._changed:
+        with self._lock:
             self._closing = True
             dropped = self._waiting.clear()
             self._changed.notify()
+            self._hurried.notify()
         for request in dropped:
-            request.answer.cancel()
-        threads = [thread for thread in (self._thread, self._swap_thread) if thread is not None and thread.ident]
+            request.give_up()
+        all_threads = (self._thread, self._watcher, self._swap_thread)
+        threads = [thread for thread in all_threads if thread is not None and thread.ident]
         until = None if timeout_s is None else time.monotonic() + timeout_s
         for thread in threads:
             await asyncio.to_thread(thread.join, None if until is None else max(0.0, until - time.monotonic()))
@@ -178,53 +198,135 @@ class Scheduler:
         except Exception as error:  # noqa: BLE001 - start() raises it
             self._loaded.set_exception(error)
             return
+        self.costs = measured(recognizer)
+        self._interruptible = interruptible(recognizer)
         self._loaded.set_result(None)
-        while (item := self._next()) is not None:
-            if isinstance(item, _Swap):
-                _release(recognizer)
-                recognizer = item.recognizer
-                item.done.set_result(None)
-            else:
+        while (item := self._next(recognizer)) is not None:
+            if isinstance(item, Run):
                 self._answer(item, recognizer)
+            else:
+                _release(recognizer)
+                recognizer, self.costs = item.recognizer, item.costs
+                self._interruptible = interruptible(recognizer)
+                item.done.set_result(None)
         _release(recognizer)
 
-    def _next(self) -> _Swap | _Running | None:
+    def _next(self, recognizer: Recognizer) -> _Swap | Run | None:
         """Wait for what is to be done next; None: the end. A recogniser goes first, also then: it is to be released."""
-        with self._changed:
+        with self._lock:
             while True:
                 if (swap := self._taking_over) is not None:
                     self._taking_over = None
                     return swap
                 if self._closing:
                     return None
-                if (request := self._waiting.pop()) is not None:
-                    estimate = self.costs.estimate_ms(request.seconds)
-                    self._running = _Running(request, estimate, time.monotonic())
+                if (first := self._waiting.pop()) is not None:
+                    self._running = self._run(first, recognizer)
                     return self._running
                 self._changed.wait()
 
-    def _answer(self, running: _Running, recognizer: Recognizer) -> None:
-        request, started = running.request, running.started_at
-        try:
-            recognition = recognizer.recognize(request.samples)
-        except Exception as error:  # noqa: BLE001 - whoever asked gets it
-            self._done()
-            request.fail(error)
-            if isinstance(error, BrokenEngineError) and not self.broken.done():
-                self.broken.set_exception(error)
-            return
-        if request.counts:
-            self.costs.observe(request.seconds, (time.monotonic() - started) * 1e3)
-        self._done()
-        if recognition.text:
-            self._recent = request.samples, recognition
-        waited = (started - request.submitted_at) * 1e3
-        stages_ms = {"queue": waited, **recognition.stages_ms}
-        request.settle(dataclasses.replace(recognition, stages_ms=stages_ms))
+    def _run(self, first: Request, recognizer: Recognizer) -> Run:
+        """Return a run for the request, and for those which may share it; nothing waits for company."""
+        now, batch = time.monotonic(), [first]
+        if len(self._waiting) and isinstance(recognizer, Batching) and recognizer.batches:
+            batch = self._waiting.pop_companions(first, lambda more: may_share(more, self.costs, now))
+        run = Run(batch, 0.0, now)
+        run.estimate_ms = self.costs.estimate_ms(run.seconds)
+        return run
 
-    def _done(self) -> None:
-        with self._changed:
+    def _answer(self, run: Run, recognizer: Recognizer) -> None:
+        started = time.monotonic()
+        try:
+            found = _recognize(recognizer, [request.piece.samples for request in run.requests])
+        except InterruptedRunError:
+            self._end(run)
+            self._begin_again(run)
+        except Exception as error:  # noqa: BLE001 - whoever asked gets it
+            self._end(run)
+            self._fail(run, error)
+        else:
+            took_ms = (time.monotonic() - started) * 1e3
+            if run.requests[0].counts:
+                self.costs.observe(run.seconds, took_ms)
+            self._end(run)
+            self._take(run, found, took_ms)
+
+    def _end(self, run: Run) -> None:
+        """From here on nobody interrupts it any more: the next run is not to suffer."""
+        with self._lock:
             self._running, self._idle_since = None, time.monotonic()
+            for recognizer in self._interruptible if run.interrupted else ():
+                recognizer.resume()
+
+    def _take(self, run: Run, found: Sequence[Recognition], took_ms: float) -> None:
+        """Answer the requests of a run, but for those of which there is more to do."""
+        for request, recognition in zip(run.requests, found, strict=True):
+            if len(found) > 1:
+                request.enforce("batched")
+                metrics.ENFORCED.labels("batched").inc()
+            whole = request.take(recognition, took_ms)
+            if whole is None:
+                self._put(request)
+                continue
+            if whole.text and request.counts:
+                self._recent = request.samples, whole
+            request.settle(whole)
+
+    def _begin_again(self, run: Run) -> None:
+        """Let the requests of an interrupted run wait once more, or come to nothing."""
+        for request in run.requests:
+            if request.answer.cancelled():
+                request.give_up()
+                continue
+            steps = request.interrupted()
+            for step in steps if request.counts else ():
+                metrics.ENFORCED.labels(step).inc()
+            if request.priority == Priority.PARTIAL:
+                request.give_up()
+            else:
+                self._put(request)
+
+    def _fail(self, run: Run, error: Exception) -> None:
+        """Tell whoever asked; of several it is not known whose sound was bad: each is asked alone."""
+        if len(run.requests) > 1:
+            for request in run.requests:
+                request.alone = True
+                self._put(request)
+            return
+        run.requests[0].fail(error)
+        if isinstance(error, BrokenEngineError) and not self.broken.done():
+            self.broken.set_exception(error)
+
+    def _hurry(self) -> None:
+        """Interrupt what runs if it is time, or have that watched."""
+        with self._lock:
+            at = self._interrupt_at()
+            if at <= time.monotonic():
+                self._interrupt()
+            elif at < math.inf:
+                self._hurried.notify()
+
+    def _watch(self) -> None:
+        """Interrupt what takes longer than was estimated, when a microphone cannot wait any more."""
+        with self._lock:
+            while not self._closing:
+                left_s = self._interrupt_at() - time.monotonic()
+                if left_s <= 0:
+                    self._interrupt()
+                else:
+                    self._hurried.wait(min(left_s, threading.TIMEOUT_MAX))
+
+    def _interrupt_at(self) -> float:
+        """Return when what runs must be interrupted, inf: never."""
+        if self._running is None or not self._interruptible:
+            return math.inf
+        return self._running.interrupt_at(self._waiting, self.costs, time.monotonic())
+
+    def _interrupt(self) -> None:
+        assert self._running is not None
+        self._running.interrupted = True
+        for recognizer in self._interruptible:
+            recognizer.interrupt()
 
     def _prepare(self, load: Callable[[], Recognizer], done: Future[None]) -> None:
         """Load and try a recogniser, on the thread `swap`, then hand it to the inference thread."""
@@ -232,7 +334,7 @@ class Scheduler:
             recognizer = load()
             try:
                 self._try(recognizer)
-                self._hand_over(_Swap(recognizer, done))
+                self._hand_over(_Swap(recognizer, measured(recognizer), done))
             except BaseException:  # whatever it was: nobody else knows of this recogniser
                 _release(recognizer)
                 raise
@@ -252,7 +354,7 @@ class Scheduler:
             )
 
     def _hand_over(self, swap: _Swap) -> None:
-        with self._changed:
+        with self._lock:
             if self._closing:
                 raise EngineError("the engine was loaded too late, everything stops")
             self._taking_over = swap
@@ -266,6 +368,26 @@ def are_alike(found: Recognition, expected: Recognition) -> bool:
     texts = [[token.text for token in one.tokens] for one in (found, expected)]
     longest = max(map(len, texts))
     return longest - count_same(*texts) <= max(1, longest // 2)
+
+
+def measured(recognizer: Recognizer) -> CostModel:
+    """Return what a recogniser costs, as far as it can be measured."""
+    costs = CostModel()
+    for seconds in MEASURED_S if interruptible(recognizer) else ():
+        sound, started = noise(seconds), time.monotonic()
+        try:
+            recognizer.recognize(sound)
+        except EngineError as error:  # the first request tells whoever has to know
+            log.debug("%d s of noise: %s", seconds, error)
+        else:
+            costs.observe(seconds, (time.monotonic() - started) * 1e3)
+    return costs
+
+
+def _recognize(recognizer: Recognizer, batch: list[Samples]) -> list[Recognition]:
+    if len(batch) > 1 and isinstance(recognizer, Batching):
+        return recognizer.recognize_batch(batch)
+    return [recognizer.recognize(samples) for samples in batch]
 
 
 def _release(recognizer: Recognizer) -> None:

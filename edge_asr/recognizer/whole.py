@@ -12,7 +12,7 @@ from edge_asr.errors import BundleError, EngineError
 from edge_asr.recognizer.bundle import Bundle
 from edge_asr.recognizer.cif import NEARLY_ONE, times_of_fires
 from edge_asr.recognizer.features import Features
-from edge_asr.recognizer.network import Arrays, Network
+from edge_asr.recognizer.network import Arrays, Network, interruptible
 from edge_asr.recognizer.paraformer import (
     NOTHING,
     Decoded,
@@ -71,6 +71,16 @@ class WholeParaformer:
     def recognize_batch(self, batch: Sequence[Samples]) -> list[Recognition]:
         """Recognise several segments, one by one: padding would change what they are."""
         return [self.recognize(samples) for samples in batch]
+
+    def interrupt(self) -> None:
+        """End what is being recognised, and let nothing begin, where the network can; see Interruptible."""
+        for network in interruptible(self._network):
+            network.interrupt()
+
+    def resume(self) -> None:
+        """Go on recognising."""
+        for network in interruptible(self._network):
+            network.resume()
 
     def close(self) -> None:
         """Release the network."""
