@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import select
 import socket
@@ -14,6 +15,8 @@ import paho.mqtt.client as paho
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
 
 from edge_asr.config import MqttConfig
+
+log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 5.0
 """For the TCP connection, and again for the broker's answer to CONNECT."""
@@ -36,9 +39,13 @@ class Connection:
         *,
         will_topic: str,
         on_acknowledged: Callable[[int], None],
+        on_message: Callable[[str, bytes, bool], None],
         wake: Callable[[], None],
     ) -> None:
-        """Start to connect; `wake` is called when there is something to serve, `on_acknowledged` with a message id."""
+        """Start to connect; `wake` is called when there is something to serve.
+
+        `on_acknowledged` gets a message id, `on_message` topic, payload and whether it was retained.
+        """
         self.up_since: float | None = None
         """Monotonic seconds of the broker's acceptance."""
         self.failure: str | None = None
@@ -53,6 +60,7 @@ class Connection:
         self._opened = threading.Event()
         self._dropped = False
         self._on_acknowledged = on_acknowledged
+        self._on_foreign_message = on_message
         self._wake = wake
         self._client = paho.Client(
             CallbackAPIVersion.VERSION2, client_id, protocol=paho.MQTTv311, reconnect_on_failure=False
@@ -64,6 +72,8 @@ class Connection:
         self._client.on_connect = self._on_connect
         self._client.on_disconnect = self._on_disconnect
         self._client.on_publish = self._on_publish
+        self._client.on_subscribe = self._on_subscribe
+        self._client.on_message = self._on_message
         threading.Thread(target=self._open, args=(config,), name="publisher-connect", daemon=True).start()
 
     @property
@@ -105,6 +115,11 @@ class Connection:
             self.unacknowledged[info.mid] = sent_at
         self._check(info.rc)
         return info.mid
+
+    def subscribe(self, topics: str) -> None:
+        """Ask for the messages on these topics, with QoS 1."""
+        code, _ = self._client.subscribe(topics, qos=1)
+        self._check(code)
 
     def disconnect(self) -> None:
         """End the connection properly: the broker discards the last will."""
@@ -165,6 +180,17 @@ class Connection:
         if sent_at is not None:
             self.proven_at = max(self.proven_at, sent_at)
             self._on_acknowledged(mid)
+
+    def _on_subscribe(self, client: paho.Client, userdata: Any, mid: int, reasons: Any, properties: Any) -> None:
+        if any(reason.is_failure for reason in reasons):
+            log.warning("the broker refuses to pass commands on; let this user subscribe to .../cmd/+ in its settings")
+
+    def _on_message(self, client: paho.Client, userdata: Any, message: paho.MQTTMessage) -> None:
+        try:
+            topic = message.topic
+        except UnicodeDecodeError:  # not every broker looks
+            return
+        self._on_foreign_message(topic, bytes(message.payload), message.retain)
 
 
 def _in_words(error: OSError | ValueError) -> str:

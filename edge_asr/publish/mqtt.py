@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import logging
 import math
 import random
-import re
 import select
 import socket
 import threading
@@ -23,9 +21,10 @@ from typing import Any
 
 from edge_asr import metrics
 from edge_asr.config import MqttConfig
-from edge_asr.publish.commands import Command
+from edge_asr.publish.commands import Command, Commands
 from edge_asr.publish.connection import Connection
 from edge_asr.publish.partials import Partials
+from edge_asr.publish.payload import to_payload
 from edge_asr.types import Partial, Transcript
 
 log = logging.getLogger(__name__)
@@ -36,7 +35,8 @@ IN_FLIGHT_LIMIT = 20
 """Transcripts published and not yet acknowledged; the others wait."""
 GOODBYE_S = 1.0
 """How long `close` waits for the acknowledgement of `offline`."""
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+ANSWERS_IN_FLIGHT_LIMIT = 20
+"""Answers to commands published and not yet acknowledged."""
 TICK_S = 1.0
 """The longest sleep of the publisher thread: paho looks after the keep-alive in between."""
 
@@ -52,7 +52,7 @@ class PublisherStats:
     said: int
     """Transcripts published on `said`."""
     dropped_live: int
-    """Transcripts not published on `said`: the broker was away, or they had become too old."""
+    """Transcripts not published on `said`, though there was something to act on: broker away, or too old."""
     dropped_transcripts: int
     """Transcripts given up: no room, left over at the close, offered after it, or impossible to publish."""
     queued: int
@@ -83,7 +83,7 @@ class _Record:
         """Return the JSON of the transcript with its age as of now."""
         age_s = time.monotonic() - self.offered_at
         transcript = dataclasses.replace(self.transcript, age_s=age_s, replayed=self.replayed)
-        return _json({**extra, **transcript.to_json()})
+        return to_payload({**extra, **transcript.to_json()})
 
 
 class MqttPublisher:
@@ -119,14 +119,16 @@ class MqttPublisher:
         self._bell.setblocking(False)
         self._ear.setblocking(False)
 
-        self._lock = threading.Lock()  # guards the five that other threads write
+        self._lock = threading.Lock()  # guards the six that other threads write
         self._inbox: deque[_Record] = deque()  # at most QUEUE_LIMIT, drops the oldest, counted in _rejected
         self._offered = 0
-        self._rejected = 0
+        self._rejected = self._rejected_live = 0
         self._state: str | None = None
         self._close_by: float | None = None
 
         self._partials = Partials()
+        self._commands = Commands(self._prefix, command, self._wake) if command and config.commands else None
+        self._answers_in_flight: set[int] = set()
         self._waiting: deque[_Record] = deque()  # together with _in_flight at most QUEUE_LIMIT
         self._in_flight: dict[int, _Record] = {}
         self._live: deque[_Record] = deque(maxlen=QUEUE_LIMIT)
@@ -149,21 +151,25 @@ class MqttPublisher:
         record = _Record(transcript, time.monotonic())
         self._partials.forget(transcript.id)
         with self._lock:
-            closing = self._close_by is not None
-            full = len(self._inbox) >= QUEUE_LIMIT
             self._offered += 1
-            if closing or full:
-                self._rejected += 1
-                metrics.DROPPED_SAID.inc()
-                metrics.DROPPED_TRANSCRIPTS.inc()
-            if closing:
+            if self._close_by is not None:
+                self._reject(record)
                 return
+            full = len(self._inbox) >= QUEUE_LIMIT
             if full:
-                self._inbox.popleft()
+                self._reject(self._inbox.popleft())
             self._inbox.append(record)
         if full:
             self._warn_of_no_room()
         self._wake()
+
+    def _reject(self, record: _Record) -> None:
+        """Count a transcript that the publisher thread will never see."""
+        self._rejected += 1
+        metrics.DROPPED_TRANSCRIPTS.inc()
+        if not record.transcript.lost:
+            self._rejected_live += 1
+            metrics.DROPPED_SAID.inc()
 
     def offer_partial(self, partial: Partial) -> None:
         """Publish a partial at once or never, from any thread, without blocking; never after its transcript."""
@@ -172,7 +178,7 @@ class MqttPublisher:
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Publish the state, from any thread; the latest wins and is published again on every connect."""
-        text = _json(state)
+        text = to_payload(state)
         with self._lock:
             self._state = text
         self._wake()
@@ -182,12 +188,12 @@ class MqttPublisher:
         connection = self._connection
         sent, dropped, dropped_live = self._sent, self._dropped_transcripts, self._dropped_live
         with self._lock:  # read last: of what moves meanwhile, nothing may be missing from `queued`
-            offered, rejected = self._offered, self._rejected
+            offered, rejected, rejected_live = self._offered, self._rejected, self._rejected_live
         return PublisherStats(
             connected=self._greeted and connection is not None and connection.up,
             sent=sent,
             said=self._said,
-            dropped_live=dropped_live + rejected,
+            dropped_live=dropped_live + rejected_live,
             dropped_transcripts=dropped + rejected,
             queued=offered - rejected - sent - dropped,
             reconnects=max(0, self._greetings - 1),
@@ -244,6 +250,8 @@ class MqttPublisher:
                 self._waiting.popleft()
                 self._drop_transcripts(1)
                 self._warn_of_no_room()
+            if record.transcript.lost:
+                continue  # there is nothing to act on
             if record.replayed or len(self._live) == QUEUE_LIMIT:
                 self._drop_live(1)  # the broker is away (or the oldest command makes room)
             if not record.replayed:
@@ -277,6 +285,7 @@ class MqttPublisher:
                 self._password,
                 will_topic=f"{self._prefix}/status",
                 on_acknowledged=self._acknowledge,
+                on_message=self._obey,
                 wake=self._wake,
             )
 
@@ -286,6 +295,8 @@ class MqttPublisher:
     def _greet(self, connection: Connection) -> None:
         log.info("connected to the broker at %s:%d", self._config.host, self._config.port)
         connection.publish(f"{self._prefix}/status", "online", qos=1, retain=True)
+        if self._commands is not None:
+            connection.subscribe(self._commands.topics)
         self._state_sent = None
         self._greetings += 1
         self._greeted = True
@@ -300,6 +311,7 @@ class MqttPublisher:
                 self._failures = 0  # only a connection that lasted ends the back-off: a flapping one does not
         self._waiting.extendleft(reversed(self._in_flight.values()))
         self._in_flight.clear()
+        self._answers_in_flight.clear()
         for record in self._waiting:
             record.replayed = True
         self._drop_live(len(self._live))
@@ -313,7 +325,12 @@ class MqttPublisher:
         where = f"{self._config.host}:{self._config.port}"
         log.log(level, "no connection to the broker at %s: %s; trying again in %.1f s", where, why, delay_s)
 
+    def _obey(self, topic: str, payload: bytes, retained: bool) -> None:
+        if self._commands is not None and self._close_by is None:
+            self._commands.receive(topic, payload, retained)
+
     def _acknowledge(self, message_id: int) -> None:
+        self._answers_in_flight.discard(message_id)
         if self._in_flight.pop(message_id, None) is not None:
             self._sent += 1
 
@@ -330,12 +347,20 @@ class MqttPublisher:
         self._send_live(connection)
         for partial in partials:
             if connection.brisk:
-                connection.publish(f"{self._prefix}/partial", _json(partial.to_json()), qos=0)
+                connection.publish(f"{self._prefix}/partial", to_payload(partial.to_json()), qos=0)
+        self._send_answers(connection)
 
     def _send_state(self, connection: Connection) -> None:
         if self._state is not None and self._state != self._state_sent:
             self._state_sent = self._state
             connection.publish(f"{self._prefix}/state", self._state_sent, qos=1, retain=True)
+
+    def _send_answers(self, connection: Connection) -> None:
+        """Publish what commands led to; what a lost connection had in flight is not sent again: the state says it."""
+        answers = self._commands.answers if self._commands is not None else ()
+        while answers and connection.up and len(self._answers_in_flight) < ANSWERS_IN_FLIGHT_LIMIT:
+            topic, payload = answers.popleft()
+            self._answers_in_flight.add(connection.publish(topic, payload, qos=1))
 
     def _send_record(self, connection: Connection) -> None:
         """Publish the transcript that waits first; one that raises again on the next connection is given up."""
@@ -390,6 +415,7 @@ class MqttPublisher:
         connection = self._connection
         if connection is not None and connection.up:
             self._send_state(connection)  # it may have been set at the very end
+            self._send_answers(connection)
             offline = connection.publish(f"{self._prefix}/status", "offline", qos=1, retain=True)
             give_up_at = time.monotonic() + GOODBYE_S
             while connection.up and offline in connection.unacknowledged and time.monotonic() < give_up_at:
@@ -402,16 +428,7 @@ class MqttPublisher:
         if left:
             log.warning("closed with %d transcripts that the broker did not take", left)
         self._drop_transcripts(left)
-        self._drop_live(len(self._live) + len(self._inbox))
+        self._drop_live(len(self._live) + sum(not record.transcript.lost for record in self._inbox))
         for queue in (self._inbox, self._waiting, self._in_flight, self._live):
             queue.clear()
         self._connection = None
-
-
-def _json(value: Mapping[str, Any]) -> str:
-    r"""Return compact JSON in UTF-8; a byte of a file name that is no text stands in it as written out: `\\udcff`.
-
-    JSON's own escape for it would be half a surrogate pair, which strict parsers refuse.
-    """
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    return LONE_SURROGATE.sub(lambda found: f"\\\\u{ord(found[0]):04x}", text)
