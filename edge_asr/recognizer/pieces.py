@@ -18,9 +18,9 @@ LEAST = 1e-30
 
 
 def quietest(samples: Samples) -> int:
-    """Return the sample where the middle third is quietest: a word that is cut there is cut in a pause, as a rule."""
+    """Return the sample where the middle third is quietest, in a pause as a rule; for 30 ms of sound or more."""
     third = len(samples) // 3
-    frames = samples[third : third + max(third // FRAME, 1) * FRAME].reshape(-1, FRAME)
+    frames = samples[third : third + third // FRAME * FRAME].reshape(-1, FRAME)
     return third + int(np.square(frames).sum(axis=1).argmin()) * FRAME + FRAME // 2
 
 
