@@ -259,6 +259,34 @@ def bench_decode(
     cli_bench.bench_decode(settings, _durations(seconds), batch, json_lines)
 
 
+@bench.command("latency")
+def bench_latency(
+    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Sentences, each a file, in any format.")],
+    preset: Annotated[
+        str | None,
+        typer.Option("--preset", metavar="aggressive|default|relaxed", help="segment.preset for once."),
+    ] = None,
+    streams: Annotated[int, typer.Option("--streams", min=1, max=32, help="Each plays all files, at once.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    model: ModelOption = None,
+    engine: EngineOption = None,
+    config: ConfigOption = None,
+    override: OverrideOption = None,
+) -> None:
+    """Measure from the end of speech to the broker: play files at the pace of speech through the whole appliance.
+
+    Exit code: 1 if anything said was lost.
+    """
+    own = {"--preset": ("segment.preset", preset), "--engine": ("engine.dir", engine)}
+    settings = read_config(config, override, model, options=own)
+    from edge_asr import cli_bench_latency, logs
+
+    logs.set_up(settings.log.level)
+    if (lost := cli_bench_latency.bench_latency(settings, files, streams, as_json)) is not None:
+        _complain(lost)
+        raise typer.Exit(1)
+
+
 def _durations(text: str) -> list[float]:
     try:
         durations = [float(part) for part in text.split(",")]
