@@ -105,8 +105,11 @@ class Ladder:
         return self._ask(lambda engine: engine.recognize(samples))
 
     def recognize_batch(self, batch: Sequence[Samples]) -> list[Recognition]:
-        """Recognise several segments, each as if it were alone. Raises as `recognize`."""
-        return self._ask(lambda engine: engine.recognize_batch(batch))
+        """Recognise several segments, each as if it were alone. Raises as `recognize`.
+
+        One that fails need not take the others down to a lesser engine: ask for each alone then.
+        """
+        return self._ask(lambda engine: engine.recognize_batch(batch), by_itself=True)
 
     def interrupt(self) -> None:
         """End what is being recognised, and let nothing begin, where the engine can; see Interruptible."""
@@ -124,7 +127,8 @@ class Ladder:
         if self._spare is not None:
             self._spare.close()
 
-    def _ask(self, question: Callable[[LoadedEngine], Answer]) -> Answer:
+    def _ask(self, question: Callable[[LoadedEngine], Answer], by_itself: bool = False) -> Answer:
+        """Ask what answers at present, and the lowest rung where that fails; with `by_itself` only if it is broken."""
         try:
             return question(self._present)
         except BrokenEngineError as error:
@@ -132,7 +136,7 @@ class Ladder:
                 raise
             self._step_down(error)
         except EngineError as error:
-            if self._lower is None:
+            if self._lower is None or by_itself:
                 raise
             return self._ask_lower(question, error)
         return question(self._present)

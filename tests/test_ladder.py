@@ -173,6 +173,25 @@ def test_what_the_first_rung_fails_on_the_lowest_decodes_again(
     assert [rungs.engines[name].closed for name in rungs.names] == [1, 0, 1]
 
 
+def test_several_segments_are_not_taken_to_a_lesser_engine_for_one_that_is_bad(rungs: Rungs) -> None:
+    ladder = Ladder(rungs.all())
+    rungs.engines[TENSORRT].failing = EngineError("one of them is bad")
+    with pytest.raises(EngineError, match="one of them is bad"):
+        ladder.recognize_batch([SOUND, SOUND])
+    assert rungs.loads == [TENSORRT]
+    rungs.engines[TENSORRT].failing = BrokenEngineError("the GPU fell off the bus")
+    assert [one.engine for one in ladder.recognize_batch([SOUND, SOUND])] == ["onnx-int8"] * 2
+
+
+def test_whether_segments_share_a_run_is_up_to_the_engine_that_answers(rungs: Rungs) -> None:
+    ladder = Ladder(rungs.all())
+    rungs.engines["onnx-int8"].batches = False
+    assert ladder.batches
+    rungs.engines[TENSORRT].failing = BrokenEngineError("the GPU fell off the bus")
+    ladder.recognize(SOUND)
+    assert not ladder.batches
+
+
 def test_what_both_fail_on_is_the_lowers_error(rungs: Rungs) -> None:
     ladder = Ladder(rungs.all())
     rungs.engines[TENSORRT].failing = NotFiniteError("infinite")
