@@ -287,6 +287,28 @@ def bench_latency(
         raise typer.Exit(1)
 
 
+@bench.command("idle")
+def bench_idle(
+    minutes: Annotated[float, typer.Option("--minutes", min=0.05, max=10_080, help="How long.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    model: ModelOption = None,
+    engine: EngineOption = None,
+    config: ConfigOption = None,
+    override: OverrideOption = None,
+) -> None:
+    """Measure what listening takes while nobody speaks: processor, wake-ups, memory and whether that grows.
+
+    Exit code: 1 if something was heard in the noise.
+    """
+    settings = read_config(config, override, model, options={"--engine": ("engine.dir", engine)})
+    from edge_asr import cli_bench_idle, logs
+
+    logs.set_up(settings.log.level)
+    if (heard := cli_bench_idle.bench_idle(settings, minutes, as_json)) is not None:
+        _complain(heard)
+        raise typer.Exit(1)
+
+
 def _durations(text: str) -> list[float]:
     try:
         durations = [float(part) for part in text.split(",")]
