@@ -43,6 +43,7 @@ class Mosquitto:
         self._directory = directory
         self._process: subprocess.Popen[bytes] | None = None
         lines = [f"listener {self.port} 127.0.0.1", "persistence false", f"allow_anonymous {_flag(username is None)}"]
+        lines += ["log_type error", "log_type warning", "log_type notice", "log_type subscribe"]
         if username is not None:
             passwords = directory / "passwords"
             passwords.touch(mode=0o600)
@@ -87,6 +88,10 @@ class Mosquitto:
         assert self._process is not None
         self._process.send_signal(signal.SIGCONT)
 
+    def log(self) -> str:
+        """Return what it has written so far; it writes down every subscription."""
+        return (self._directory / "mosquitto.log").read_text()
+
     def _end(self, how: signal.Signals) -> None:
         if self._process is not None:
             self._process.send_signal(how)
@@ -96,7 +101,7 @@ class Mosquitto:
 
     def _accepts(self) -> bool:
         assert self._process is not None
-        assert self._process.poll() is None, (self._directory / "mosquitto.log").read_text()
+        assert self._process.poll() is None, self.log()
         try:
             socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
         except OSError:
@@ -119,6 +124,19 @@ class Message:
         content = json.loads(self.payload)
         assert isinstance(content, dict)
         return content
+
+
+def send(port: int, topic: str, payload: str | bytes, *, retained: bool = False) -> None:
+    """Publish a message with QoS 1, by the real mosquitto_pub."""
+    raw = payload.encode() if isinstance(payload, str) else payload
+    command = ["mosquitto_pub", "-h", "127.0.0.1", "-p", str(port), "-q", "1", "-t", topic, "-s" if raw else "-n"]
+    subprocess.run([*command, "-r"] if retained else command, input=raw, check=True, timeout=PATIENCE_S)
+
+
+def send_lines(port: int, topic: str, payloads: list[str]) -> None:
+    """Publish many messages with QoS 1, one after the other on one connection."""
+    command = ["mosquitto_pub", "-h", "127.0.0.1", "-p", str(port), "-q", "1", "-t", topic, "-l"]
+    subprocess.run(command, input="\n".join(payloads).encode(), check=True, timeout=PATIENCE_S)
 
 
 class Subscriber:
@@ -189,7 +207,7 @@ class Subscriber:
             if line.startswith(b"{"):
                 fields = json.loads(line)
                 retained = bool(fields["retain"])
-                self.messages.append(Message(fields["topic"], fields["qos"], retained, fields.get("payload", "")))
+                self.messages.append(Message(fields["topic"], fields["qos"], retained, fields["payload"] or ""))
             elif b"Subscribed" in line or b"SUBACK" in line:
                 self._subscribed.set()
 

@@ -10,74 +10,22 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from mosquitto import Door, Mosquitto, Subscriber, free_port, wait_for
 from prometheus_client import REGISTRY
+from publishers import BASE, config, connected, disconnected, publishing, texts_on, transcript
 
-from edge_asr.config import MqttConfig
 from edge_asr.publish import mqtt
 from edge_asr.publish.connection import Connection
 from edge_asr.publish.mqtt import MqttPublisher
-from edge_asr.types import Marks, Transcript, new_segment_id
-
-BASE = "edge_asr/hall"
-
-
-def transcript(text: str) -> Transcript:
-    return Transcript(
-        id=new_segment_id(),
-        device="hall",
-        source="file:test.wav",
-        text=text,
-        text_raw=text,
-        confidence=0.97,
-        started_at=1_750_000_000.0,
-        offset_s=0.0,
-        duration_s=1.5,
-        tokens=(),
-        latency_ms={"response": 2.0},
-        within_budget=True,
-        decoded_at_pause=True,
-        model="test",
-        engine="test",
-    )
-
-
-def config(port: int, **keys: object) -> MqttConfig:
-    return MqttConfig.model_validate({"port": port, "reconnect_min_s": 0.02, "reconnect_max_s": 0.1, **keys})
-
-
-@contextmanager
-def publishing(
-    config: MqttConfig, *, finish: Callable[[Transcript], Transcript] = lambda given: given
-) -> Iterator[MqttPublisher]:
-    publisher = MqttPublisher(config, "hall", finish=finish)
-    publisher.start()
-    try:
-        yield publisher
-    finally:
-        publisher.close(0.0)
-
-
-def connected(publisher: MqttPublisher) -> None:
-    wait_for(lambda: publisher.stats().connected, "the connection")
-
-
-def disconnected(publisher: MqttPublisher) -> None:
-    wait_for(lambda: not publisher.stats().connected, "the loss of the connection")
+from edge_asr.types import Marks, Transcript
 
 
 def offer_all(publisher: MqttPublisher, texts: list[str]) -> None:
     for text in texts:
         publisher.offer(transcript(text))
-
-
-def texts_on(subscriber: Subscriber, topic: str) -> list[str]:
-    return [message.json["text"] for message in subscriber.on(topic)]
 
 
 def unique(texts: list[str]) -> list[str]:
