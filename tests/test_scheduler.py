@@ -14,7 +14,8 @@ from random_engine import recognizer_of, weights_from
 
 from edge_asr.errors import BrokenEngineError, EngineError
 from edge_asr.recognizer.paraformer import Paraformer
-from edge_asr.recognizer.scheduler import Scheduler, are_alike
+from edge_asr.recognizer.recognizers import are_alike
+from edge_asr.recognizer.scheduler import Scheduler
 from edge_asr.types import Recognition, Samples, Token
 
 SOUND: Samples = np.zeros(16_000, np.float32)

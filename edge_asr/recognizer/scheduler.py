@@ -3,56 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 from edge_asr import metrics
 from edge_asr.budget import CostModel
 from edge_asr.errors import BrokenEngineError, EngineError, InterruptedRunError
 from edge_asr.recognizer.network import Interruptible, interruptible
 from edge_asr.recognizer.paraformer import noise
+from edge_asr.recognizer.recognizers import Batching, measured, recognize_all, release, try_on
+from edge_asr.recognizer.recognizers import Recognizer as Recognizer  # who makes one finds it beside Scheduler
 from edge_asr.recognizer.requests import Priority as Priority  # who asks finds it beside `submit`
 from edge_asr.recognizer.requests import Request, Waiting
 from edge_asr.recognizer.runs import Run, may_share
-from edge_asr.recognizer.self_test import count_same
 from edge_asr.types import Recognition, Samples
-
-log = logging.getLogger(__name__)
 
 WARM_AFTER_S = 2.0
 """An engine that has been idle for so long is slower at first."""
-MEASURED_S = (1, 8)
-"""Seconds of noise whose cost is measured when an engine is loaded."""
 SMALLEST = 7_680
 """Samples of the smallest input: 8 frames of 60 ms."""
-
-
-class Recognizer(Protocol):
-    """Samples -> recognition; used by one thread at a time."""
-
-    def recognize(self, samples: Samples) -> Recognition:
-        """Recognise `[n]` float32 samples at 16 kHz. Raises EngineError."""
-
-    def close(self) -> None:
-        """Release the model."""
-
-
-@runtime_checkable
-class Batching(Protocol):
-    """What a recogniser may be as well: one that takes several sounds at a time."""
-
-    @property
-    def batches(self) -> bool:
-        """Whether it does so at present, in one run."""
-
-    def recognize_batch(self, batch: Sequence[Samples]) -> list[Recognition]:
-        """Recognise several segments, each as if it were alone. Raises EngineError."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,11 +178,11 @@ class Scheduler:
             if isinstance(item, Run):
                 self._answer(item, recognizer)
             else:
-                _release(recognizer)
+                release(recognizer)
                 recognizer, self.costs = item.recognizer, item.costs
                 self._interruptible = interruptible(recognizer)
                 item.done.set_result(None)
-        _release(recognizer)
+        release(recognizer)
 
     def _next(self, recognizer: Recognizer) -> _Swap | Run | None:
         """Wait for what is to be done next; None: the end. A recogniser goes first, also then: it is to be released."""
@@ -237,7 +210,7 @@ class Scheduler:
     def _answer(self, run: Run, recognizer: Recognizer) -> None:
         started = time.monotonic()
         try:
-            found = _recognize(recognizer, [request.piece.samples for request in run.requests])
+            found = recognize_all(recognizer, [request.piece.samples for request in run.requests])
         except InterruptedRunError:
             self._end(run)
             self._begin_again(run)
@@ -333,25 +306,14 @@ class Scheduler:
         try:
             recognizer = load()
             try:
-                self._try(recognizer)
+                if self._recent is not None:
+                    try_on(recognizer, *self._recent)
                 self._hand_over(_Swap(recognizer, measured(recognizer), done))
             except BaseException:  # whatever it was: nobody else knows of this recogniser
-                _release(recognizer)
+                release(recognizer)
                 raise
         except Exception as error:  # noqa: BLE001 - swap() raises it
             done.set_exception(error)
-
-    def _try(self, recognizer: Recognizer) -> None:
-        """Let a recogniser hear what was spoken last. Raises EngineError."""
-        if self._recent is None:
-            return
-        samples, expected = self._recent
-        found = recognizer.recognize(samples)
-        if not are_alike(found, expected):
-            raise EngineError(
-                f"the new engine hears {len(found.tokens)} tokens in what was spoken last, the present one"
-                f" {len(expected.tokens)}, and too few are the same"
-            )
 
     def _hand_over(self, swap: _Swap) -> None:
         with self._lock:
@@ -359,39 +321,3 @@ class Scheduler:
                 raise EngineError("the engine was loaded too late, everything stops")
             self._taking_over = swap
             self._changed.notify()
-
-
-def are_alike(found: Recognition, expected: Recognition) -> bool:
-    """Tell whether two engines agree on a sound: but for one token, or half of them where there are many."""
-    if bool(found.text) != bool(expected.text):
-        return False
-    texts = [[token.text for token in one.tokens] for one in (found, expected)]
-    longest = max(map(len, texts))
-    return longest - count_same(*texts) <= max(1, longest // 2)
-
-
-def measured(recognizer: Recognizer) -> CostModel:
-    """Return what a recogniser costs, as far as it can be measured."""
-    costs = CostModel()
-    for seconds in MEASURED_S if interruptible(recognizer) else ():
-        sound, started = noise(seconds), time.monotonic()
-        try:
-            recognizer.recognize(sound)
-        except EngineError as error:  # the first request tells whoever has to know
-            log.debug("%d s of noise: %s", seconds, error)
-        else:
-            costs.observe(seconds, (time.monotonic() - started) * 1e3)
-    return costs
-
-
-def _recognize(recognizer: Recognizer, batch: list[Samples]) -> list[Recognition]:
-    if len(batch) > 1 and isinstance(recognizer, Batching):
-        return recognizer.recognize_batch(batch)
-    return [recognizer.recognize(samples) for samples in batch]
-
-
-def _release(recognizer: Recognizer) -> None:
-    try:
-        recognizer.close()
-    except Exception as error:  # noqa: BLE001 - whatever its library says to that: it is no longer in use
-        log.warning("an engine that is no longer in use could not be released: %s", error)
