@@ -196,9 +196,8 @@ def test_this_process_is_read_with_its_threads() -> None:
 
 
 def test_children_and_theirs_count() -> None:
-    code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import sys; sys.stdin.read()'])"
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE) as child:
-        wait_for(lambda: len(read_process(child.pid).switches) == 2, "a child of the child")
+    with subprocess.Popen(["sh", "-c", "sh -c 'cat; :'; :"], stdin=subprocess.PIPE) as child:
+        wait_for(lambda: len(read_process(child.pid).switches) == 3, "a child of the child")
         alone = int(Path(f"/proc/{child.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         assert read_process(child.pid).rss_bytes > alone
         assert child.stdin is not None
