@@ -1,4 +1,4 @@
-"""bench.sentences: the same sentences every time, with their texts and ends."""
+"""bench.latency_sentences: the same sentences every time, with their texts and ends."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from bundled import BUNDLE, SHARED_DATA, sound_of, transcripts
 
-from bench import sentences
+from bench import latency_sentences as sentences
 from edge_asr.audio.decode import read
 from edge_asr.types import SAMPLE_RATE
 
@@ -58,7 +58,7 @@ def test_recordings_are_copied_with_their_texts(tmp_path: Path, capsys: pytest.C
 def test_a_folder_without_texts_is_said_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as ended:
         sentences.main(["--out", str(tmp_path), "--count", "0", "--recordings", str(tmp_path / "nowhere")])
-    assert str(ended.value.code).startswith("bench.sentences: ")
+    assert str(ended.value.code).startswith("bench.latency_sentences: ")
     assert "transcripts.tsv" in str(ended.value.code)
 
 

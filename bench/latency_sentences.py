@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Make sentences for `edge-asr bench latency`: WAV files, their texts, and where speech ends in each.
 
-`python -m bench.sentences --out DIR --recordings DIR` from the repository's root; the same options make the same files.
+`python -m bench.latency_sentences --out DIR --recordings DIR` from the repository's root; the same options make the same files.
 Sentences are those of the bundled model's vocabulary that no training saw, by voices that none heard. Needs espeak-ng.
 """
 
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         sentences = [*_spoken(options.out, options.count, options.seed), *_recorded(options.out, options.recordings)]
     except (AudioError, OSError) as error:
-        sys.exit(f"bench.sentences: {error}")
+        sys.exit(f"bench.latency_sentences: {error}")
     table = "".join(f"{sentence.file}\t{sentence.text}\n" for sentence in sentences)
     (options.out / TABLE).write_text(table, encoding="utf-8")
     manifest = {"seed": options.seed, "sentences": [asdict(sentence) for sentence in sentences]}
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="bench.sentences", description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="bench.latency_sentences", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="the folder to make")
     parser.add_argument("--count", type=int, default=COUNT, help="sentences to synthesise")
     parser.add_argument("--seed", type=int, default=SEED)
