@@ -499,6 +499,8 @@ async def test_an_engine_is_warmed_only_after_it_was_idle(
     engine: Held, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scheduler.costs = CostModel()
+    scheduler.warm()
+    assert is_idle(scheduler), "it has just been loaded"
     scheduler.submit(sound(BAD), PARTIAL)  # it fails: nothing is observed
     engine.next_run()
     engine.let()

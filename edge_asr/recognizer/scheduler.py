@@ -58,7 +58,7 @@ class Scheduler:
         """The recogniser, if it is."""
         self._waiting = Waiting()
         self._running: Run | None = None
-        self._idle_since = -math.inf
+        self._idle_since = math.inf  # nothing is loaded
         self._taking_over: _Swap | None = None
         self._thread = threading.Thread(target=self._work, name="inference", daemon=True)
         self._watcher = threading.Thread(target=self._watch, name="deadlines", daemon=True)
@@ -173,6 +173,7 @@ class Scheduler:
             return
         self.costs = measured(recognizer)
         self._interruptible = interruptible(recognizer)
+        self._idle_since = time.monotonic()
         self._loaded.set_result(None)
         while (item := self._next(recognizer)) is not None:
             if isinstance(item, Run):
@@ -180,7 +181,7 @@ class Scheduler:
             else:
                 release(recognizer)
                 recognizer, self.costs = item.recognizer, item.costs
-                self._interruptible = interruptible(recognizer)
+                self._interruptible, self._idle_since = interruptible(recognizer), time.monotonic()
                 item.done.set_result(None)
         release(recognizer)
 
