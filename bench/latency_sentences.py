@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Make sentences for `edge-asr bench latency`: WAV files, their texts, and where speech ends in each.
 
-`python -m bench.latency_sentences --out DIR --recordings DIR` from the repository's root; the same options make the same
-files. Sentences are those of the bundled model's vocabulary that no training saw, by voices that none heard; they need
-espeak-ng.
+`python -m bench.latency_sentences --out DIR --recordings DIR` from the repository's root; the same options make the
+same files. Sentences are those of the bundled model's vocabulary that no training saw, by voices that none heard; they
+need espeak-ng.
 """
 
 from __future__ import annotations
