@@ -105,6 +105,8 @@ class LateWatch:
         """Take the next transcript's trace. True: `why` was or became empty, or the other way round."""
         self._late.append(_slowest(latency_ms) if late else "")
         before, self.why = self.why, self._judge()
+        if before and not self.why:
+            self._late.clear()  # what is over is not held against the next late one
         return bool(before) != bool(self.why)
 
     def _judge(self) -> str:
