@@ -14,7 +14,7 @@ import pytest
 from mosquitto import Mosquitto, Subscriber, send, send_lines, wait_for
 from publishers import BASE, config, connected, disconnected, publishing, texts_on, transcript
 
-from edge_asr.publish import commands
+from edge_asr.publish import commands, mqtt
 from edge_asr.publish.commands import CommandError
 
 
@@ -46,8 +46,9 @@ def answers(subscriber: Subscriber, name: str) -> list[dict[str, Any]]:
 
 
 def subscriptions(broker: Mosquitto) -> list[str]:
-    """Return what the broker has logged as the publisher's subscriptions, over restarts too."""
-    return [line.split()[-1] for line in broker.log().splitlines() if "edge_asr-hall" in line and "/cmd/+" in line]
+    """Return what the broker has logged as the publisher's subscriptions, QoS and topics, over restarts too."""
+    lines = broker.log().splitlines()
+    return [line.partition("edge_asr-hall ")[2] for line in lines if "edge_asr-hall" in line and "/cmd/+" in line]
 
 
 def ready(broker: Mosquitto, times: int = 1) -> None:
@@ -190,6 +191,27 @@ def test_commands_are_subscribed_to_again_after_the_broker_was_restarted(broker:
             subscriber.wait_for(lambda s: answers(s, "mute") == [{"ok": True, "mute": False}], "the answer")
 
 
+def test_answers_that_a_lost_connection_had_in_flight_do_not_hold_up_those_to_come(broker: Mosquitto) -> None:
+    appliance = Appliance()
+    appliance.at_once = False
+    limit = mqtt.ANSWERS_IN_FLIGHT_LIMIT
+    with publishing(config(broker.port), command=appliance) as publisher:
+        ready(broker)
+        send_lines(broker.port, f"{BASE}/cmd/mute", ["on"] * limit)
+        wait_for(lambda: len(appliance.pending) == limit, "the commands")
+        broker.freeze()
+        for future in appliance.pending:
+            future.set_result({})
+        wait_for(lambda: len(publisher._answers_in_flight) == limit, "the answers to be on their way")
+        broker.kill()
+        disconnected(publisher)
+        broker.start()
+        with Subscriber(broker.port) as subscriber:
+            ready(broker, 2)
+            send(broker.port, f"{BASE}/cmd/hello", "")
+            subscriber.wait_for(lambda s: answers(s, "hello"), "the answer")
+
+
 @pytest.mark.parametrize("wanted", [False, True])
 def test_without_somebody_to_obey_or_where_they_are_off_nothing_is_subscribed_to(
     wanted: bool, broker: Mosquitto
@@ -202,7 +224,7 @@ def test_without_somebody_to_obey_or_where_they_are_off_nothing_is_subscribed_to
         assert subscriptions(broker) == []
     with publishing(config(broker.port), command=appliance):
         ready(broker)
-        assert subscriptions(broker) == [f"{BASE}/cmd/+"]
+        assert subscriptions(broker) == [f"1 {BASE}/cmd/+"]
 
 
 def test_commands_that_come_while_it_closes_are_not_obeyed_but_answers_still_go_out(broker: Mosquitto) -> None:
