@@ -22,6 +22,7 @@ from edge_asr.audio.decode import decode
 from edge_asr.broker import HOST, serving
 from edge_asr.config import BUNDLED_MODEL, Config, FileSourceConfig
 from edge_asr.errors import ConfigError
+from edge_asr.fresh_state import fresh_state
 from edge_asr.types import SAMPLE_RATE, Samples
 
 GAP_S = 1.0
@@ -62,11 +63,11 @@ async def _until_stopped(config: Config, keep: bool) -> int:
 
 async def _run(config: Config, keep: bool) -> int:
     samples = _read_samples(config.model / "samples")
-    with tempfile.TemporaryDirectory(prefix="edge_asr-demo-") as folder:
+    with tempfile.TemporaryDirectory(prefix="edge_asr-demo-") as folder, fresh_state(config) as fresh:
         tape = Path(folder) / "samples.wav"
         _write_tape(tape, [audio for _, audio in samples])
         async with serving() as broker:
-            played = config.model_copy(
+            played = fresh.model_copy(
                 update={
                     "sources": (FileSourceConfig(path=tape, name="samples"),),
                     "mqtt": config.mqtt.model_copy(update={"enabled": True, "host": HOST, "port": broker.port}),

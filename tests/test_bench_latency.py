@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from bundled import BUNDLE, recording, sound_of, transcripts, write_wav
+from mosquitto import PATIENCE_S, wait_for
 
 from edge_asr.audio.decode import read
 from edge_asr.bench import tape as tapes_of
@@ -41,6 +46,15 @@ def bench(*arguments: str) -> int:
     return int(str(ended.value.code))
 
 
+@pytest.fixture
+def muted(state_folder: Path) -> Iterator[None]:
+    """Let the appliance whose machine this is be muted, and have another preset: no matter for a bench."""
+    chosen = state_folder / "controls.json"
+    chosen.write_text('{"mute": true, "preset": "relaxed"}', encoding="utf-8")
+    yield
+    chosen.unlink()
+
+
 # The command
 
 
@@ -63,7 +77,7 @@ def test_every_file_is_played_on_every_stream(capsys: pytest.CaptureFixture[str]
 
 
 def test_what_comes_late_is_counted_and_people_get_a_table(
-    capsys: pytest.CaptureFixture[str], mosquitto_installed: None
+    capsys: pytest.CaptureFixture[str], mosquitto_installed: None, muted: None
 ) -> None:
     assert bench("-o", "budget.response_ms=0.001", str(recording(SHORT))) == 0
     out, progress = capsys.readouterr()
@@ -118,6 +132,26 @@ def test_a_file_that_is_none_is_said_before_anything_is_played(capsys: pytest.Ca
     out, complaint = capsys.readouterr()
     assert out == ""
     assert complaint.startswith("edge-asr: nowhere.wav: no such file")
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_replay_and_leaves_nothing_behind(
+    tmp_path: Path, mosquitto_installed: None, how: signal.Signals
+) -> None:
+    temporary, log = tmp_path / "temporary", tmp_path / "log"
+    temporary.mkdir()
+    command = [sys.executable, "-m", "edge_asr", "bench", "latency", "--model", str(BUNDLE), str(recording(LONG))]
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=out, env={**os.environ, "TMPDIR": str(temporary)})
+    try:
+        wait_for(lambda: "replay: 0 %" in log.read_text("utf-8") or process.poll() is not None, "the replay")
+        process.send_signal(how)
+        assert process.wait(PATIENCE_S) == 130
+    finally:
+        process.kill()
+        process.wait(PATIENCE_S)
+    assert "Traceback" not in log.read_text("utf-8")
+    assert list(temporary.iterdir()) == []
 
 
 # The tape

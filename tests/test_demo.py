@@ -115,7 +115,9 @@ def test_the_demo_shows_every_sample_as_it_is_spoken_and_then_how_to_go_on(
 
 def test_a_sentence_that_does_not_arrive_fails_the_demo_and_is_named(start: Start, tmp_path: Path) -> None:
     [(name, text)] = first(1).items()
-    demo = start("-o", f"model={bundle_with(tmp_path / 'altered', {name: '今天没有声音'})}")
+    (tmp_path / "controls.json").write_text('{"mute": true}', encoding="utf-8")  # of the appliance, not of the show
+    model = bundle_with(tmp_path / "altered", {name: "今天没有声音"})
+    demo = start("-o", f"model={model}", "-o", f"state_dir={tmp_path}")
     assert demo.end(60) == 1
     assert demo.texts == [text]
     assert "0 of 1 sentences arrived" in demo.output

@@ -45,6 +45,7 @@ LAYERS = {
     "controls": 4,
     "serve": 4,
     "broker": 4,
+    "fresh_state": 4,
     "app": 5,
     "demo": 5,
     "doctor": 5,

@@ -22,8 +22,9 @@ from edge_asr import logs, metrics
 from edge_asr.app import Daemon
 from edge_asr.bench.proc import Reading, cpu_share, read_process, trend, wakeups_per_s
 from edge_asr.bench.progress import Tick, shown
-from edge_asr.config import Config, MqttConfig, StdinSourceConfig
+from edge_asr.config import Config, ListenConfig, MqttConfig, StdinSourceConfig
 from edge_asr.errors import EdgeAsrError
+from edge_asr.fresh_state import fresh_state
 from edge_asr.types import CHUNK_S, CHUNK_SAMPLES, SAMPLE_RATE
 
 NOISE = 1e-3
@@ -74,15 +75,21 @@ def idle(config: Config, minutes: float) -> dict[str, Any]:
 
     Raises EdgeAsrError, with the exit code of what has ended the daemon.
     """
-    quiet = config.model_copy(update={"sources": (StdinSourceConfig(),), "mqtt": MqttConfig(enabled=False)})
     seconds = minutes * 60
-    with _listening(quiet) as child:
+    with fresh_state(config) as fresh, _listening(_quiet(fresh)) as child:
         child.hear()
         with shown("idle", seconds) as tick:
             readings = _feed(child, seconds, tick)
         child.sound.close()
         counted = child.hear()
     return {"minutes": minutes, **_figures(readings, min(WARM_UP_S, seconds / 10)), **counted}
+
+
+def _quiet(config: Config) -> Config:
+    """Return the configuration with nothing but noise to hear, and always."""
+    return config.model_copy(
+        update={"sources": (StdinSourceConfig(),), "mqtt": MqttConfig(enabled=False), "listen": ListenConfig()}
+    )
 
 
 def _feed(child: _Child, seconds: float, tick: Tick) -> list[Reading]:

@@ -20,6 +20,7 @@ from edge_asr.bench.verdict import Counts, judge, place
 from edge_asr.broker import HOST, serving
 from edge_asr.config import Config, FileSourceConfig, GatesConfig, ListenConfig, MqttConfig
 from edge_asr.errors import EdgeAsrError
+from edge_asr.fresh_state import fresh_state
 from edge_asr.types import SAMPLE_RATE
 
 
@@ -52,12 +53,12 @@ async def _until_stopped(config: Config, files: Sequence[str], streams: int) -> 
 
 
 async def _replay(config: Config, files: Sequence[str], streams: int) -> Outcome:
-    with tempfile.TemporaryDirectory(prefix="edge_asr-bench-") as name:
+    with tempfile.TemporaryDirectory(prefix="edge_asr-bench-") as name, fresh_state(config) as fresh:
         folder = Path(name)
         tapes = record_all(folder, files, streams)
         messages = folder / "messages"
         async with serving() as broker:
-            played = _played(config, tapes, broker.port)
+            played = _played(fresh, tapes, broker.port)
             topic = f"{played.mqtt.base}/{played.device_id}/transcript"
             async with subscribed(broker.port, topic, messages) as subscriber:
                 before = Counts.now()
