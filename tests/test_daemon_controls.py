@@ -1,0 +1,287 @@
+"""What may be changed while the daemon runs, by MQTT: mute, preset, listening; and what it shows of a sentence."""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import json
+import termios
+import time
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from bundled import BUNDLE, sound_of, write_wav
+from daemons import SENTENCES, TEXTS, Daemon, Start, is_offline, is_ready, texts_on
+from mosquitto import Message, Mosquitto, Subscriber, send, wait_for
+
+from edge_asr.loader import engine_folder
+from edge_asr.recognizer.bundle import read_bundle
+from edge_asr.types import SAMPLE_RATE, Samples
+
+NAMES = list(TEXTS)
+BASE = "edge_asr/hall"
+TAIL_S = 3.0
+"""Silence behind a sentence on standard input: the longest pause, and more than the reader takes from the pipe at once.
+
+So when the pipe is empty, the sentence has ended.
+"""
+WAKE = "打开客厅灯"
+"""What the first recording says."""
+
+
+@pytest.fixture
+def apart(tmp_path: Path, state_folder: Path) -> list[str]:
+    """Return the options for a state of one's own, with the engine that there is."""
+    engine = engine_folder(read_bundle(BUNDLE), state_folder)
+    return ["-o", f"state_dir={tmp_path / 'state'}", "-o", f"engine.dir={engine}", "-o", "log.level=DEBUG"]
+
+
+def silence(seconds: float) -> Samples:
+    return np.zeros(round(seconds * SAMPLE_RATE), np.float32)
+
+
+def words(name: str) -> Samples:
+    """Return a recording without the silence around it."""
+    samples = sound_of(name)
+    loud = np.flatnonzero(np.abs(samples) > 0.01)
+    return samples[max(0, loud[0] - SAMPLE_RATE // 20) : loud[-1] + SAMPLE_RATE // 20]
+
+
+def in_one_breath(*names: str, pause_s: float = 0.0) -> Samples:
+    """Return recordings as one sentence: without the pauses around them, but for `pause_s` between."""
+    parts = [part for name in names for part in (words(name), silence(pause_s))]
+    return np.concatenate([silence(0.3), *parts, silence(0.3)])
+
+
+def tell(daemon: Daemon, samples: Samples) -> None:
+    """Say something into standard input, and return when it has been heard."""
+    assert daemon.process.stdin is not None
+    sound = np.concatenate([samples, silence(TAIL_S)])
+    daemon.process.stdin.write((sound * 32767).astype("<i2").tobytes())
+    daemon.process.stdin.flush()
+    wait_for(lambda: not unread(daemon), "everything has been heard")
+
+
+def unread(daemon: Daemon) -> int:
+    """Return how many bytes wait in the pipe to its standard input."""
+    assert daemon.process.stdin is not None
+    count = array("i", [0])
+    fcntl.ioctl(daemon.process.stdin, termios.FIONREAD, count)
+    return count[0]
+
+
+def command(broker: Mosquitto, subscriber: Subscriber, name: str, payload: str) -> dict[str, Any]:
+    """Give a command and return the answer."""
+    topic = f"cmd/{name}/result"
+    before = len(subscriber.on(topic))
+    send(broker.port, f"{BASE}/cmd/{name}", payload)
+    subscriber.wait_for(lambda s: len(s.on(topic)) > before, f"an answer to {name} {payload}")
+    return subscriber.on(topic)[before].json
+
+
+def wait_out(seconds: float) -> None:
+    """Return when what was asked for so many seconds is over, also for sound that arrived a moment ago."""
+    over_at = time.monotonic() + seconds + 0.2
+    wait_for(lambda: time.monotonic() > over_at, "the time is over")
+
+
+def state_of(subscriber: Subscriber) -> dict[str, Any]:
+    return subscriber.on("state")[-1].json
+
+
+def shows(**expected: object) -> Any:
+    """Return what tells whether the newest state says so."""
+    return lambda s: s.on("state") and expected.items() <= state_of(s).items()
+
+
+def health_of(subscriber: Subscriber) -> list[str]:
+    return [source["health"] for source in state_of(subscriber)["sources"]]
+
+
+def without(messages: Sequence[Message], text: str) -> bool:
+    """Tell whether no message of any topic has a text, or the one before its ending."""
+    return not any(text in message.payload or json.dumps(text)[1:-1] in message.payload for message in messages)
+
+
+@pytest.mark.slow
+def test_a_long_sentence_is_shown_as_it_grows_and_then_said(
+    broker: Mosquitto, start: Start, apart: list[str], tmp_path: Path
+) -> None:
+    path = write_wav(tmp_path / "long.wav", in_one_breath(*NAMES[1:4:2]))
+    with Subscriber(broker.port) as subscriber:
+        daemon = start(broker.port, *apart, "--source", str(path), "-o", "segment.content_endpointing=false")
+        assert daemon.end() == 0, daemon.log
+        subscriber.wait_for(is_offline, "offline")
+        [final] = subscriber.on("transcript")
+        assert final.json["text"] == SENTENCES[1] + SENTENCES[3]
+        partials = subscriber.on("partial")
+        shown = [message.json for message in partials]
+        assert len(shown) >= 4
+        assert {message.qos for message in partials} == {0}
+        assert not any(message.retained for message in partials)
+        assert {(one["id"], one["source"]) for one in shown} == {(final.json["id"], f"file:{path}")}
+        assert all(set(one) == {"id", "source", "text", "stable", "start"} for one in shown)
+        for before, after in itertools.pairwise(shown):
+            assert after["stable"].startswith(before["stable"]), shown
+        assert shown[-1]["stable"], "it has become stable before the end"
+        order = [message.topic.removeprefix(f"{BASE}/") for message in subscriber.messages]
+        assert max(k for k, topic in enumerate(order) if topic == "partial") < order.index("transcript")
+        assert max(k for k, topic in enumerate(order) if topic == "partial") < order.index("said")
+
+
+def test_the_preset_holds_from_the_next_pause_on_and_outlives_a_restart(
+    broker: Mosquitto, start: Start, apart: list[str]
+) -> None:
+    options = [*apart, "--source", "stdin", "-o", "segment.content_endpointing=false"]
+    paused = in_one_breath(*NAMES[:3:2], pause_s=0.5)  # longer than the default's pause, shorter than relaxed's
+    halves = [SENTENCES[0], SENTENCES[2]]
+    with Subscriber(broker.port) as subscriber:
+        daemon = start(broker.port, *options)
+        subscriber.wait_for(is_ready, "ready")
+        assert state_of(subscriber)["preset"] == "default"
+        tell(daemon, paused)
+        subscriber.wait_for(lambda s: texts_on(s, "transcript") == halves, "two sentences")
+        assert command(broker, subscriber, "preset", "relaxed") == {"ok": True, "preset": "relaxed"}
+        subscriber.wait_for(shows(preset="relaxed"), "the new preset in the state")
+        tell(daemon, paused)
+        subscriber.wait_for(lambda s: texts_on(s, "transcript")[2:] == ["".join(halves)], "one sentence")
+        refused = command(broker, subscriber, "preset", "hasty")
+        assert refused == {"ok": False, "why": "preset takes aggressive, default or relaxed"}
+        assert daemon.stop() == 0
+        subscriber.wait_for(is_offline, "offline")
+    with Subscriber(broker.port, f"{BASE}/transcript") as subscriber, Subscriber(broker.port) as everything:
+        daemon = start(broker.port, *options)
+        everything.wait_for(lambda s: is_ready(s) and shows(preset="relaxed")(s), "ready, and relaxed still")
+        tell(daemon, paused)
+        subscriber.wait_for(lambda s: texts_on(s, "transcript") == ["".join(halves)], "one sentence")
+        assert daemon.stop() == 0
+
+
+def test_what_is_said_while_it_is_muted_is_never_heard_of(broker: Mosquitto, start: Start, apart: list[str]) -> None:
+    with Subscriber(broker.port) as subscriber:
+        daemon = start(broker.port, *apart, "--source", "stdin")
+        subscriber.wait_for(is_ready, "ready")
+        assert command(broker, subscriber, "mute", "on") == {"ok": True, "mute": True}
+        subscriber.wait_for(shows(mute=True), "muted, in the state")
+        assert (health_of(subscriber), state_of(subscriber)["state"]) == (["muted"], "ready")
+        assert command(broker, subscriber, "listen", "")["ok"] is False
+        tell(daemon, sound_of(NAMES[0]))
+        assert command(broker, subscriber, "mute", "off") == {"ok": True, "mute": False}
+        subscriber.wait_for(shows(mute=False), "not muted, in the state")
+        assert health_of(subscriber) == ["listening"]
+        tell(daemon, sound_of(NAMES[1]))
+        subscriber.wait_for(lambda s: s.on("said") and s.on("transcript"), "the second sentence")
+        assert daemon.stop() == 0
+        subscriber.wait_for(is_offline, "offline")
+        assert texts_on(subscriber, "said") == texts_on(subscriber, "transcript") == SENTENCES[1:2]
+        assert without(subscriber.messages, SENTENCES[0])
+        assert SENTENCES[0] not in daemon.log
+
+
+@pytest.mark.slow
+def test_mute_in_the_middle_of_a_sentence_takes_back_what_was_shown_of_it(
+    broker: Mosquitto, start: Start, apart: list[str], tmp_path: Path
+) -> None:
+    path = write_wav(tmp_path / "long.wav", in_one_breath(*NAMES[1:4:2]))
+    with Subscriber(broker.port) as subscriber:
+        daemon = start(broker.port, *apart, "--source", str(path))
+        subscriber.wait_for(lambda s: s.on("partial"), "a partial")
+        assert command(broker, subscriber, "mute", "on") == {"ok": True, "mute": True}
+        subscriber.wait_for(lambda s: s.on("partial")[-1].json.get("end"), "it is taken back")
+        assert daemon.end() == 0, daemon.log
+        subscriber.wait_for(is_offline, "offline")
+        shown = [message.json for message in subscriber.on("partial")]
+        assert shown[-1] == {"id": shown[0]["id"], "source": f"file:{path}", "text": "", "end": True}
+        assert len({one["id"] for one in shown}) == 1
+        assert not any(one.get("end") for one in shown[:-1])
+        assert subscriber.on("said") + subscriber.on("transcript") == []
+
+
+def test_one_that_was_muted_by_a_retained_message_is_muted_from_the_start(
+    broker: Mosquitto, start: Start, apart: list[str]
+) -> None:
+    send(broker.port, f"{BASE}/cmd/mute", "on", retained=True)
+    with Subscriber(broker.port) as subscriber:
+        daemon = start(broker.port, *apart, "--source", "stdin")
+        subscriber.wait_for(lambda s: is_ready(s) and shows(mute=True)(s) and health_of(s) == ["muted"], "it is muted")
+        tell(daemon, sound_of(NAMES[0]))
+        send(broker.port, f"{BASE}/cmd/mute", "off", retained=True)
+        subscriber.wait_for(shows(mute=False), "not muted")
+        tell(daemon, sound_of(NAMES[1]))
+        subscriber.wait_for(lambda s: s.on("transcript"), "the second sentence")
+        assert daemon.stop() == 0
+        assert texts_on(subscriber, "transcript") == SENTENCES[1:2]
+
+
+def test_mute_outlives_a_restart(broker: Mosquitto, start: Start, apart: list[str]) -> None:
+    with Subscriber(broker.port) as subscriber:
+        daemon = start(broker.port, *apart, "--source", "stdin")
+        subscriber.wait_for(shows(mute=False), "the state")
+        assert command(broker, subscriber, "mute", "on")["ok"], "while the engine is being loaded, or after"
+        assert daemon.stop() == 0
+        subscriber.wait_for(is_offline, "offline")
+    with Subscriber(broker.port, f"{BASE}/state") as state, Subscriber(broker.port) as subscriber:
+        daemon = start(broker.port, *apart, "--source", "stdin")
+        subscriber.wait_for(lambda s: is_ready(s) and health_of(s) == ["muted"], "ready, and muted still")
+        assert all(message.json["mute"] for message in state.messages)
+        assert daemon.stop() == 0
+
+
+def test_push_to_talk_hears_a_sentence_when_asked_to_and_no_other(
+    broker: Mosquitto, start: Start, apart: list[str]
+) -> None:
+    with Subscriber(broker.port) as subscriber:
+        daemon = start(broker.port, *apart, "--source", "stdin", "-o", "listen.mode=push_to_talk")
+        subscriber.wait_for(lambda s: is_ready(s) and health_of(s), "ready")
+        assert state_of(subscriber)["listen"] == "push_to_talk"
+        tell(daemon, sound_of(NAMES[0]))
+        heard = command(broker, subscriber, "listen", "")
+        assert heard == {"ok": True, "listen": "push_to_talk", "seconds": 8.0}
+        tell(daemon, sound_of(NAMES[1]))
+        subscriber.wait_for(lambda s: s.on("transcript"), "what was said when asked")
+        assert command(broker, subscriber, "listen", '{"seconds": 1}')["seconds"] == 1.0
+        wait_out(1.0)
+        tell(daemon, sound_of(NAMES[2]))
+        assert command(broker, subscriber, "listen", '{"seconds": 120}')["seconds"] == 120.0
+        tell(daemon, sound_of(NAMES[3]))
+        subscriber.wait_for(lambda s: len(s.on("transcript")) == 2, "what was said when asked again")
+        assert daemon.stop() == 0
+        subscriber.wait_for(is_offline, "offline")
+        assert texts_on(subscriber, "said") == texts_on(subscriber, "transcript") == SENTENCES[1:4:2]
+        for other in (SENTENCES[0], SENTENCES[2]):
+            assert without(subscriber.messages, other)
+            assert other not in daemon.log
+
+
+def test_only_what_follows_the_wake_phrase_is_published_or_logged(
+    broker: Mosquitto, start: Start, apart: list[str]
+) -> None:
+    options = ["-o", "listen.mode=phrase", "-o", f"listen.phrases=[{WAKE}]", "-o", "listen.seconds=1"]
+    with Subscriber(broker.port) as subscriber:
+        daemon = start(broker.port, *apart, *options, "--source", "stdin")
+        subscriber.wait_for(lambda s: is_ready(s) and health_of(s), "ready")
+        assert state_of(subscriber)["listen"] == "phrase"
+        tell(daemon, sound_of(NAMES[1]))
+        tell(daemon, in_one_breath(NAMES[0], NAMES[3]))
+        subscriber.wait_for(lambda s: s.on("transcript"), "the command behind the wake phrase")
+        tell(daemon, np.concatenate([sound_of(NAMES[0]), silence(1), sound_of(NAMES[2])]))
+        subscriber.wait_for(lambda s: len(s.on("transcript")) == 2, "the command after the wake phrase")
+        wait_out(1.0)
+        tell(daemon, sound_of(NAMES[4]))
+        tell(daemon, in_one_breath(NAMES[0], NAMES[5]))
+        subscriber.wait_for(lambda s: len(s.on("transcript")) == 3, "the last command")
+        assert daemon.stop() == 0
+        subscriber.wait_for(is_offline, "offline")
+        wanted = [SENTENCES[3], SENTENCES[2], SENTENCES[5]]
+        assert texts_on(subscriber, "said") == texts_on(subscriber, "transcript") == wanted
+        raw = [message.json["text_raw"] for message in subscriber.on("transcript")]
+        assert raw == [WAKE + wanted[0], wanted[1], WAKE + wanted[2]]
+        for message in subscriber.on("transcript"):
+            assert "".join(token["text"] for token in message.json["tokens"]) == message.json["text"]
+        for other in (SENTENCES[1], SENTENCES[4], "卧室", "产线"):
+            assert without(subscriber.messages, other)
+            assert other not in daemon.log
