@@ -93,7 +93,7 @@ def test_what_the_engine_fails_on_is_lost_and_the_command_fails(
     recognize, batch = Ladder.recognize, Ladder.recognize_batch
 
     def check(samples: Samples) -> None:
-        if np.abs(samples).max() > 0.05 and len(samples) > 1.1 * len(sound_of(SHORT)):
+        if np.abs(samples).max() > 0.05:  # it is no trial run
             raise EngineError("on purpose")
 
     def recognize_some(ladder: Ladder, samples: Samples) -> Recognition:
@@ -107,11 +107,11 @@ def test_what_the_engine_fails_on_is_lost_and_the_command_fails(
 
     monkeypatch.setattr(Ladder, "recognize", recognize_some)
     monkeypatch.setattr(Ladder, "recognize_batch", recognize_batch)
-    assert bench("--json", str(recording(SHORT)), str(recording("06.wav"))) == 1
+    assert bench("--json", str(recording(SHORT))) == 1
     out, complaints = capsys.readouterr()
     figures = json.loads(out)
-    assert (figures["count"], figures["lost"]) == (1, 1)
-    assert figures["texts"] == {str(recording(SHORT)): TEXTS[SHORT], str(recording("06.wav")): ""}
+    assert (figures["count"], figures["lost"]) == (0, 1)
+    assert figures["texts"] == {str(recording(SHORT)): ""}
     assert "edge-asr: segments lost because the engine failed on them: 1; see the log" in complaints
 
 
@@ -134,7 +134,7 @@ def test_a_file_that_is_none_is_said_before_anything_is_played(capsys: pytest.Ca
     assert complaint.startswith("edge-asr: nowhere.wav: no such file")
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("how", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_ends_the_replay_and_leaves_nothing_behind(
     tmp_path: Path, mosquitto_installed: None, how: signal.Signals
 ) -> None:
