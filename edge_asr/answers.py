@@ -123,15 +123,17 @@ class Answers:
             self._changed.notify_all()
 
     async def run(self) -> None:
-        """Answer one segment after another."""
-        while (pending := await self._next()) is not None:
-            recognition = asyncio.wrap_future(pending.recognition)
-            # Not awaited itself: one that was given up is cancelled, which would end this task.
-            await asyncio.wait([recognition])
-            self._answer(pending, recognition)
-            async with self._changed:
-                self._pending.popleft()
-                self._changed.notify_all()
+        """Answer one segment after another. If this is cancelled, what is not recognised yet is published as lost."""
+        try:
+            while (pending := await self._next()) is not None:
+                # Not awaited itself: one that was given up is cancelled, which would end this task.
+                await asyncio.wait([asyncio.wrap_future(pending.recognition)])
+                self._answer(self._pending.popleft())
+                async with self._changed:
+                    self._changed.notify_all()
+        finally:
+            while self._pending:
+                self._answer(self._pending.popleft())
 
     async def _next(self) -> Pending | None:
         async with self._changed:
@@ -147,8 +149,8 @@ class Answers:
             if not pending.recognition.done() and pending.recognition.cancel():
                 waiting -= len(pending.segment.samples)
 
-    def _answer(self, pending: Pending, answer: asyncio.Future[Recognition]) -> None:
-        recognition = self._result(pending.segment, answer)
+    def _answer(self, pending: Pending) -> None:
+        recognition = self._result(pending.segment, pending.recognition)
         transcript = None if recognition is None else self._transcript(pending, recognition)
         if transcript is not None:
             metrics.TRANSCRIPTS.inc()
@@ -162,9 +164,9 @@ class Answers:
             for sink in self._sinks:
                 sink.offer_partial(partial)
 
-    def _result(self, segment: Segment, answer: asyncio.Future[Recognition]) -> Recognition | None:
-        """Return the recognition; None where the engine failed on it."""
-        if answer.cancelled():
+    def _result(self, segment: Segment, answer: Future[Recognition]) -> Recognition | None:
+        """Return the recognition, at once; None where the engine failed on it."""
+        if answer.cancel() or not answer.done():
             return Recognition("", (), None, enforced=(LOST,))
         if (error := answer.exception()) is None:
             return answer.result()
@@ -194,7 +196,12 @@ class Answers:
         self.lost += 1
         metrics.ENFORCED.labels(LOST).inc()
         level = logging.WARNING if self.lost == 1 else logging.DEBUG  # how often it happens is a metric
-        log.log(level, "%s: a segment of %.1f s is lost: too many wait", self._labels.source, segment.duration_s)
+        log.log(
+            level,
+            "%s: a segment of %.1f s is lost: there was no time to recognise it",
+            self._labels.source,
+            segment.duration_s,
+        )
         return dataclasses.replace(transcript_of(segment, recognition, self._labels), lost=True)
 
 

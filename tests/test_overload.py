@@ -179,6 +179,27 @@ def pending(recognition: Future[Recognition], second: int = 0) -> Pending:
     return Pending(segment, recognition, False, 0.0, False)
 
 
+async def test_what_still_waits_when_everything_stops_is_published_as_lost_in_its_place() -> None:
+    sink = Collector()
+    async with held() as (recognizer, scheduler):
+        answers = Answers([sink], Labels("test", "fed", "none"), Gates(), Attention(), backlog_s=120)
+        running = asyncio.create_task(answers.run())
+        waiting = [scheduler.submit(sound(k)) for k in range(5)]
+        for k, recognition in enumerate(waiting):
+            await answers.put(pending(recognition, k))
+        recognizer.go.release()  # of the first, the second runs
+        while not sink.transcripts:
+            await asyncio.sleep(0)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        assert [recognition.cancelled() for recognition in waiting[2:]] == [True] * 3
+    assert [(transcript.offset_s, transcript.lost) for transcript in sink.transcripts] == [
+        (0, False), (1, True), (2, True), (3, True), (4, True),
+    ]  # fmt: skip
+    assert answers.lost == 4
+
+
 async def test_a_pipe_that_is_faster_than_the_engine_waits_and_loses_nothing() -> None:
     sentences = 40
     reading, writing = os.pipe()
