@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 import numpy as np
 
@@ -87,5 +87,8 @@ class Exactly:
     def __init__(self, phrase: str) -> None:
         self._phrase = tuple(phrase)
 
-    def after(self, tokens: tuple[str, ...]) -> int | None:
-        return len(self._phrase) if tokens[: len(self._phrase)] == self._phrase else None
+    def after(self, tokens: Sequence[str]) -> int | None:
+        return len(self._phrase) if tuple(tokens[: len(self._phrase)]) == self._phrase else None
+
+    def may_follow(self, tokens: Sequence[str]) -> bool:
+        return all(token == wanted for token, wanted in zip(tokens, self._phrase, strict=False))

@@ -41,10 +41,40 @@ def test_push_to_talk_hears_nobody_until_it_is_asked_to(make: Callable[[str], At
     attention = make(PUSH_TO_TALK)
     assert not attention.hears(clock.now)
     assert attention.listen() == 8.0
-    assert attention.hears(clock.now), "what began a moment before is heard too"
-    assert attention.hears(clock.now + 8.0)
-    assert attention.admit(said("打开灯"), clock.now + 8.0) == said("打开灯")
+    assert attention.hears(clock.now)
+    assert attention.hears(clock.now + 7.9)
+    assert attention.admit(said("打开灯"), clock.now + 7.9) == said("打开灯")
     assert not attention.hears(clock.now + 8.1)
+
+
+def test_what_began_a_moment_before_the_button_was_pressed_is_heard_and_what_began_long_before_is_not(
+    make: Callable[[str], Attention], clock: Clock
+) -> None:
+    attention = make(PUSH_TO_TALK)
+    attention.listen()
+    assert attention.hears(clock.now - 0.9)
+    assert not attention.hears(clock.now - 1.1)
+    assert attention.admit(said("我们先不说这个"), clock.now - 20) is None
+
+
+def test_what_waits_for_its_recognition_is_not_forgotten_when_it_is_asked_again(
+    make: Callable[[str], Attention], clock: Clock
+) -> None:
+    attention = make(PUSH_TO_TALK)
+    attention.listen(2.0)
+    began_at, clock.now = clock.now + 1.9, clock.now + 20
+    attention.listen(2.0)
+    assert attention.admit(said("打开灯"), began_at) == said("打开灯")
+    assert not attention.hears(clock.now - 5), "nor is it what was said in between"
+
+
+def test_who_asks_again_says_how_long_from_now_on(make: Callable[[str], Attention], clock: Clock) -> None:
+    attention = make(PUSH_TO_TALK)
+    attention.listen(60.0)
+    began_at, clock.now = clock.now + 5, clock.now + 10
+    attention.listen(2.0)
+    assert attention.hears(began_at)
+    assert not attention.hears(clock.now + 3)
 
 
 def test_what_began_in_time_is_heard_to_its_end(make: Callable[[str], Attention], clock: Clock) -> None:
@@ -80,10 +110,42 @@ def test_a_wake_phrase_on_its_own_makes_it_listen_for_a_while(make: Callable[[st
     assert attention.admit(said("打开灯"), clock.now + 8.1) is None
 
 
+def test_what_followed_the_wake_phrase_is_heard_however_late_that_is_recognised(
+    make: Callable[[str], Attention], clock: Clock
+) -> None:
+    attention = make(PHRASE)
+    began_at, clock.now = clock.now, clock.now + 6
+    assert attention.admit(said("小爱同学"), began_at) is None
+    assert attention.admit(said("打开灯"), began_at + 2) == said("打开灯")
+    assert attention.admit(said("打开灯"), began_at - 2) is None, "what was said before is nobody's still"
+
+
 def test_who_is_asked_to_listen_needs_no_wake_phrase(make: Callable[[str], Attention], clock: Clock) -> None:
     attention = make(PHRASE)
     attention.listen(3.0)
     assert attention.admit(said("打开灯"), clock.now + 2) == said("打开灯")
+
+
+def test_the_wake_phrase_is_left_out_while_it_listens_too(make: Callable[[str], Attention], clock: Clock) -> None:
+    attention, before = make(PHRASE), unaddressed(PHRASE)
+    attention.listen(3.0)
+    assert attention.admit(said("小爱同学打开灯"), clock.now + 1) == said("打开灯")
+    clock.now += 2
+    assert attention.admit(said("小爱同学"), clock.now) is None
+    assert unaddressed(PHRASE) == before
+    assert attention.admit(said("打开灯"), clock.now + 7.9) == said("打开灯"), "and it listens anew"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"), [("小", None), ("小爱同学", None), ("小爱同学打", "打"), ("打", "打"), ("小朋", "小朋")]
+)
+def test_of_what_may_become_the_wake_phrase_nothing_is_shown_while_it_listens(
+    make: Callable[[str], Attention], clock: Clock, text: str, shown: str | None
+) -> None:
+    attention = make(PHRASE)
+    attention.listen(3.0)
+    found = attention.preview(said(text), clock.now)
+    assert (found and found.text) == shown
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 from bundled import BUNDLE, sound_of, write_wav
-from daemons import SENTENCES, TEXTS, Daemon, Start, is_offline, is_ready, texts_on
-from mosquitto import Message, Mosquitto, Subscriber, send, wait_for
+from daemons import SENTENCES, TEXTS, Daemon, Start, is_offline, is_ready, states, texts_on
+from mosquitto import PATIENCE_S, Message, Mosquitto, Subscriber, send, wait_for
+from pulse import MICROPHONE, PulseServer
 
 from edge_asr.loader import engine_folder
 from edge_asr.recognizer.bundle import read_bundle
@@ -285,3 +286,46 @@ def test_only_what_follows_the_wake_phrase_is_published_or_logged(
         for other in (SENTENCES[1], SENTENCES[4], "卧室", "产线"):
             assert without(subscriber.messages, other)
             assert other not in daemon.log
+
+
+@pytest.mark.slow
+def test_mute_closes_the_microphone_and_the_preset_holds_when_it_is_open_again(
+    broker: Mosquitto, start: Start, apart: list[str], pulse_server: PulseServer, tmp_path: Path
+) -> None:
+    paths = [
+        write_wav(tmp_path / name, np.concatenate([silence(0.5), sound_of(name), silence(1.5)])) for name in NAMES[:3]
+    ]
+    options = ["--source", f"microphone:{MICROPHONE}", "-o", "segment.content_endpointing=false"]
+
+    def speak(number: int) -> None:
+        with pulse_server.play(paths[number]) as player:
+            assert player.wait(PATIENCE_S) == 0
+
+    with Subscriber(broker.port) as subscriber:
+        daemon = start(broker.port, *apart, *options)
+        subscriber.wait_for(lambda s: is_ready(s) and health_of(s) == ["listening"], "it is heard")
+        assert command(broker, subscriber, "preset", "relaxed")["ok"]
+        speak(0)
+        subscriber.wait_for(lambda s: len(s.on("said")) == 1, "the first sentence")
+        assert pulse_server.recordings() == 1
+
+        assert command(broker, subscriber, "mute", "on") == {"ok": True, "mute": True}
+        wait_for(lambda: pulse_server.recordings() == 0, "the device is closed")
+        subscriber.wait_for(lambda s: shows(mute=True)(s) and health_of(s) == ["muted"], "muted, in the state")
+        assert state_of(subscriber)["state"] == "ready"
+        speak(1)
+        assert pulse_server.recordings() == 0
+
+        assert command(broker, subscriber, "preset", "aggressive")["ok"]
+        assert command(broker, subscriber, "mute", "off") == {"ok": True, "mute": False}
+        subscriber.wait_for(lambda s: shows(mute=False)(s) and health_of(s) == ["listening"], "it is heard again")
+        speak(2)
+        subscriber.wait_for(lambda s: len(s.on("said")) == 2, "the last sentence")
+        assert daemon.stop() == 0
+        subscriber.wait_for(is_offline, "offline")
+        assert texts_on(subscriber, "said") == texts_on(subscriber, "transcript") == SENTENCES[:3:2]
+        relaxed, aggressive = (message.json["latency_ms"]["endpoint"] for message in subscriber.on("said"))
+        assert relaxed > 600 > aggressive
+        assert without(subscriber.messages, SENTENCES[1])
+        assert SENTENCES[1] not in daemon.log
+        assert "degraded" not in states(subscriber)
