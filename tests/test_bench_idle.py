@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -57,6 +58,24 @@ def test_what_stops_the_daemon_is_said_in_one_line(capfd: pytest.CaptureFixture[
     assert out == ""
     assert [line for line in complaint.splitlines() if "build-engine" in line][-1].startswith("edge-asr: ")
     assert "Traceback" not in complaint
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_a_signal_ends_it_and_leaves_nothing_behind(tmp_path: Path, how: signal.Signals) -> None:
+    temporary, log = tmp_path / "temporary", tmp_path / "log"
+    temporary.mkdir()
+    command = [sys.executable, "-m", "edge_asr", "bench", "idle", "--model", str(BUNDLE)]
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=out, env={**os.environ, "TMPDIR": str(temporary)})
+    try:
+        wait_for(lambda: "idle: 0 %" in log.read_text("utf-8") or process.poll() is not None, "the noise")
+        process.send_signal(how)
+        assert process.wait(PATIENCE_S) == 130
+    finally:
+        process.kill()
+        process.wait(PATIENCE_S)
+    assert "Traceback" not in log.read_text("utf-8")
+    assert list(temporary.iterdir()) == []
 
 
 FIGURES: dict[str, Any] = {

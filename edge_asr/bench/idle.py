@@ -73,16 +73,26 @@ class _Child:
 def idle(config: Config, minutes: float) -> dict[str, Any]:
     """Let the daemon listen to noise for so long, and return the figures, as printed with `--json`.
 
-    Raises EdgeAsrError, with the exit code of what has ended the daemon.
+    Raises EdgeAsrError, with the exit code of what has ended the daemon, and KeyboardInterrupt where a signal ends it.
     """
     seconds = minutes * 60
-    with fresh_state(config) as fresh, _listening(_quiet(fresh)) as child:
+    with _interruptible(), fresh_state(config) as fresh, _listening(_quiet(fresh)) as child:
         child.hear()
         with shown("idle", seconds) as tick:
             readings = _feed(child, seconds, tick)
         child.sound.close()
         counted = child.hear()
     return {"minutes": minutes, **_figures(readings, min(WARM_UP_S, seconds / 10)), **counted}
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let SIGTERM do what Ctrl-C does: everything is cleaned up."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _quiet(config: Config) -> Config:
