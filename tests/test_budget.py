@@ -255,7 +255,8 @@ def watched(pattern: str, share: float = 0.1) -> tuple[LateWatch, list[bool]]:
         ("q" * JUDGED + "." * FEW + "q...q", 0.1, "2 of the last 5 transcripts were late, most because of: queue"),
         ("." * 17 + "qqq" + "....q....q....q", 0.1, "6 of the last 20 transcripts were late, most because of: queue"),
         ("." * 17 + "qqq" + "....q" + "." * 5, 0.1, ""),
-        ("qqqqq" + "...q" * 10 + "....", 1.0, ""),
+        ("qqqqq" + "...q" * 5, 0.5, "5 of the last 20 transcripts were late, most because of: queue"),
+        ("qqqqq", 1.0, ""),
     ],
 )  # fmt: skip
 def test_too_many_late_ones_are_told_with_the_stage_to_blame(pattern: str, share: float, why: str) -> None:
