@@ -158,13 +158,13 @@ def test_a_gpu_that_breaks_costs_no_sentence_and_the_state_says_so(
     broker: Mosquitto, start: Start, state: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put_plan(state)
-    monkeypatch.setenv(
-        "FAKE_GPU_FAIL_AT", "13"
-    )  # three lengths, what it is tried on, its self-test, a sentence: two each
+    broken = state.parent / "broken"
+    monkeypatch.setenv("FAKE_GPU_FAIL_WITH", str(broken))
     with Subscriber(broker.port) as subscriber:
         daemon = listening(start, broker.port, state)
         wait_for_state(subscriber, TENSORRT, "")
         daemon.hears(SENTENCES[0])
+        broken.touch()
         daemon.hears(SENTENCES[1])
         wait_for_state(subscriber, FP32, "tensorrt-fp16 cannot be used: .*launch failure.*")
         subscriber.wait_for(lambda s: len(s.on("said")) == 2, "both sentences")
@@ -178,11 +178,14 @@ def test_with_strict_a_gpu_that_breaks_ends_the_daemon_for_another_start(
     broker: Mosquitto, start: Start, state: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put_plan(state)
-    monkeypatch.setenv("FAKE_GPU_FAIL_AT", "11")
+    broken = state.parent / "broken"
+    monkeypatch.setenv("FAKE_GPU_FAIL_WITH", str(broken))
     with Subscriber(broker.port) as subscriber:
         daemon = listening(start, broker.port, state, "engine.strict=true")
         wait_for_state(subscriber, TENSORRT, "")
-        daemon.is_told(SENTENCES[0])
+        broken.touch()
+        with contextlib.suppress(BrokenPipeError):  # it may end before the sentence does
+            daemon.is_told(SENTENCES[0])
         assert daemon.end() == 3
         [line] = daemon.complaints
         assert "launch failure" in line

@@ -11,6 +11,7 @@ FAKE_GPU_MULTIPROCESSORS
 FAKE_GPU_BARE       1: TensorRT's own tactics have no kernel for it, those of all libraries do
 FAKE_GPU_OOM_AT     the n-th allocation fails
 FAKE_GPU_FAIL_AT    the n-th execution is a launch failure, and all that follows fails
+FAKE_GPU_FAIL_WITH  from when on this file exists, every execution is a launch failure
 FAKE_GPU_NAN_AT     the n-th execution and all later ones answer NaN
 """
 
@@ -23,6 +24,7 @@ import itertools
 import os
 import threading
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 
@@ -107,6 +109,7 @@ class Gpu:
         self.bare = int(environ.get("FAKE_GPU_BARE", 0))
         self.out_of_memory_at = int(environ.get("FAKE_GPU_OOM_AT", 0))
         self.fail_at = int(environ.get("FAKE_GPU_FAIL_AT", 0))
+        self.fail_with = Path(environ.get("FAKE_GPU_FAIL_WITH", "/never"))
         self.nan_at = int(environ.get("FAKE_GPU_NAN_AT", 0))
         self.lock = threading.RLock()
         self.allocations = {}
@@ -278,7 +281,7 @@ class Gpu:
         """Count an execution. Return whether it is to answer NaN. Raises CudaError where it is to fail."""
         self.counts["executions"] += 1
         number = self.counts["executions"]
-        if self.fail_at and number >= self.fail_at:
+        if self.fail_with.exists() or (self.fail_at and number >= self.fail_at):
             raise CudaError(LAUNCH_FAILED)
         return bool(self.nan_at) and number >= self.nan_at
 
