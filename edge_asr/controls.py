@@ -50,6 +50,12 @@ class Controls:
         self.muted = chosen.get("mute") is True
         preset = chosen.get("preset")
         self.preset: str = preset if isinstance(preset, str) and preset in ENDPOINTS else config.preset
+        if self.muted or self.preset != config.preset:
+            log.info("%s, as was chosen before the last stop", self)
+
+    def __str__(self) -> str:
+        """How things are, for the log."""
+        return f"{'muted' if self.muted else 'not muted'}, preset {self.preset}"
 
     def add(self, listener: Listener, source: WatchedSource) -> None:
         """Take charge of a listener, before it runs."""
@@ -70,9 +76,10 @@ class Controls:
         raise EdgeAsrError(f"unknown command {name}; known here: mute, preset, listen")
 
     def mute(self, muted: bool) -> Mapping[str, Any]:
-        """Close all microphones and hear nothing of the other sources, or the reverse."""
+        """Close all microphones and hear nothing of the other sources, or the reverse. Who asked to be heard is not."""
         if muted != self.muted:
             self.muted = muted
+            self._attention.ignore()
             for listener, source in self._heard:
                 self._mute(listener, source)
             self._keep()
@@ -93,6 +100,8 @@ class Controls:
         """Hear whoever speaks for so many seconds. Raises EdgeAsrError."""
         if self.muted:
             raise EdgeAsrError("muted; send off to cmd/mute first")
+        if not self._heard:
+            raise EdgeAsrError("nothing is listened to yet; wait until the state is ready, with a source")
         if self._attention.mode == ALWAYS:
             return {"listen": ALWAYS}
         return {"listen": self._attention.mode, "seconds": self._attention.listen(seconds)}
@@ -102,7 +111,7 @@ class Controls:
         source.mute(self.muted)
 
     def _keep(self) -> None:
-        log.info("%s, preset %s", "muted" if self.muted else "not muted", self.preset)
+        log.info("%s", self)
         self._changed()
         try:
             _write(self._file, {"mute": self.muted, "preset": self.preset})

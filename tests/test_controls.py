@@ -48,9 +48,14 @@ def changes() -> Changes:
 
 
 @pytest.fixture
-def make(tmp_path: Path, changes: Changes) -> Callable[..., Controls]:
-    def made(mode: str = ALWAYS, **segment: object) -> Controls:
-        attention = Attention(mode, Exactly("小爱同学"), 8.0, Clock())
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def make(tmp_path: Path, changes: Changes, clock: Clock) -> Callable[..., Controls]:
+    def made(mode: str = ALWAYS, attention: Attention | None = None, **segment: object) -> Controls:
+        attention = attention or Attention(mode, Exactly("小爱同学"), 8.0, clock)
         return Controls(SegmentConfig.model_validate(segment), attention, tmp_path / "state", changes)
 
     return made
@@ -114,11 +119,42 @@ def test_what_is_so_already_changes_nothing(make: Callable[..., Controls], chang
     ],
 )
 def test_it_listens_when_asked_to(make: Callable[..., Controls], mode: str, result: dict[str, object]) -> None:
-    assert make(mode).obey("listen", {"seconds": 3.0}) == result
+    controls = make(mode)
+    listen_with(controls)
+    assert controls.obey("listen", {"seconds": 3.0}) == result
 
 
 def test_it_listens_for_the_configured_time_where_none_is_said(make: Callable[..., Controls]) -> None:
-    assert make(PUSH_TO_TALK).obey("listen", {"seconds": None})["seconds"] == 8.0
+    controls = make(PUSH_TO_TALK)
+    listen_with(controls)
+    assert controls.obey("listen", {"seconds": None})["seconds"] == 8.0
+
+
+def test_without_a_source_it_does_not_pretend_to_listen(make: Callable[..., Controls]) -> None:
+    with pytest.raises(EdgeAsrError, match="nothing is listened to yet"):
+        make(PUSH_TO_TALK).listen(3.0)
+
+
+def test_what_was_asked_for_before_a_mute_is_over_after_it(make: Callable[..., Controls], clock: Clock) -> None:
+    attention = Attention(PUSH_TO_TALK, None, 8.0, clock)
+    controls = make(attention=attention)
+    listen_with(controls)
+    controls.listen(8.0)
+    for muted in (True, False):
+        controls.mute(muted)
+    assert not attention.hears(clock.now + 1)
+
+
+def test_what_holds_from_the_last_time_on_is_said_at_the_start(
+    make: Callable[..., Controls], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    make().use("aggressive")
+    make(preset="relaxed")
+    assert caplog.messages[-1] == "not muted, preset aggressive, as was chosen before the last stop"
+    caplog.clear()
+    make(preset="aggressive")
+    assert caplog.messages == [], "the configuration says so too"
 
 
 @pytest.mark.parametrize(
