@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -45,6 +46,13 @@ def recorders() -> int:
 def no_recorder_left() -> Iterator[None]:
     yield
     assert recorders() == 0
+
+
+def _is_child(stat: Path) -> bool:
+    try:
+        return int(stat.read_text().rpartition(") ")[2].split()[1]) == os.getpid()
+    except OSError:  # ended meanwhile
+        return False
 
 
 async def heard(chunks: AsyncIterator[Chunk], until: Callable[[Chunk], bool]) -> list[Chunk]:
@@ -266,6 +274,58 @@ async def test_a_recorder_that_dies_or_hangs_is_replaced(plug: Plug, fault: sign
         await heard(chunks, is_lost)
         await heard(chunks, is_sound)
         assert recorders() == 1
+
+
+async def test_a_recorder_that_ends_before_it_has_said_a_word_is_told(plug: Plug) -> None:
+    whys: list[str] = []
+    source = MicrophoneSource("usb", on_change=lambda: whys.append(source.health.why))
+    works, source._command = source._command, [sys.executable, "-c", ""]
+    async with aclosing(source.chunks()) as chunks:
+        first = asyncio.ensure_future(anext(chunks))
+        await happens(lambda: microphone.ENDED in whys)
+        source._command = works
+        await asyncio.wait_for(first, LIMIT_S)
+
+
+async def test_what_goes_wrong_while_portaudio_is_loaded_is_told_and_tried_again(tmp_path: Path, plug: Plug) -> None:
+    module = tmp_path / "fake/sounddevice.py"
+    works = module.readlink()
+    module.unlink()
+    module.write_text("raise RuntimeError('Error initializing PortAudio')")
+    told = asyncio.Event()
+    source = MicrophoneSource("usb", on_change=told.set)
+    async with aclosing(source.chunks()) as chunks:
+        first = asyncio.ensure_future(anext(chunks))
+        await asyncio.wait_for(told.wait(), LIMIT_S)
+        assert source.health.why == "microphone usb: RuntimeError: Error initializing PortAudio"
+        module.unlink()
+        module.symlink_to(works)
+        await asyncio.wait_for(first, LIMIT_S)
+
+
+def test_a_device_that_is_back_is_heard_within_five_seconds() -> None:
+    """Whoever looks has just looked in vain, a recorder has to be started, and the first sound takes its time."""
+    start_s, first_sound_s = 1.0, 2.0
+    longest_wait_s = max(portaudio.LAST_LOOK_S, microphone.LAST_RETRY_S)
+    assert longest_wait_s + start_s + first_sound_s <= 5.0
+    assert first_sound_s < microphone.FIRST_SOUND_S
+
+
+@pytest.mark.slow
+async def test_opening_and_closing_two_hundred_times_leaves_nothing_behind(plug: Plug) -> None:
+    source = MicrophoneSource("usb")
+    open_files: list[int] = []
+    async with aclosing(source.chunks()) as chunks:
+        for _ in range(200):
+            await heard(chunks, is_sound)
+            source.mute()
+            open_files.append(len(list(Path("/proc/self/fd").iterdir())))
+            assert recorders() == 0
+            source.unmute()
+        await heard(chunks, is_sound)
+    assert max(open_files) == open_files[0]
+    states = [path.read_text().rpartition(") ")[2][0] for path in Path("/proc").glob("[0-9]*/stat") if _is_child(path)]
+    assert "Z" not in states
 
 
 async def test_close_ends_the_iteration_and_the_recording(plug: Plug) -> None:

@@ -32,10 +32,12 @@ MIN_PACE = 0.8
 """A stream that gives less than this share of its rate over PACE_S has stalled."""
 STEADY_S = 10.0
 """After so long of sound a loss is news again, and the first new attempt comes at once."""
-FIRST_RETRY_S, LAST_RETRY_S = 0.1, 2.0
+FIRST_RETRY_S, LAST_RETRY_S = 0.1, 1.5
+"""A recorder that was lost is replaced after at most so long, and at least half of it; doubled from time to time."""
 BACKLOG_S = 60.0
 """Sound kept for a listener that is held up: 4 MB. Beyond it the oldest is dropped and counted."""
 OPENING = "it is being opened"
+ENDED = "the process that records has ended"
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +214,7 @@ class MicrophoneSource:
         if isinstance(message, Sound):
             self._take(message)
         elif message is None:
-            self._lose("waiting", self._why or "the process that records has ended")
+            self._lose("waiting", self._why if self._why not in ("", OPENING) else ENDED)
         elif message.state == "open":
             self._open = message
             self._pace = Pace(message.rate)

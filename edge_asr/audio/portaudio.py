@@ -30,7 +30,7 @@ BLOCK_S = 0.032
 """What PortAudio hands over at a time: a chunk, where the device takes our rate."""
 RING_S = 4.0
 """Sound kept for a listener that is held up; beyond it the oldest is dropped and counted."""
-FIRST_LOOK_S, LAST_LOOK_S = 0.25, 2.0
+FIRST_LOOK_S, LAST_LOOK_S = 0.25, 1.5
 """An absent device is looked for again after at most so long, and at least half of it; doubled from time to time."""
 LOOKS = 100
 """So often one process looks, for each time PortAudio keeps 12 KB. Then it ends, and its listener starts another."""
@@ -95,24 +95,25 @@ def record(device: str, channel: int | None, rate: int | None, looks: int = LOOK
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_listener, name="listener", daemon=True).start()
     try:
-        library = _load()
+        _look_and_record(_load(), output, device, channel, rate, looks)
     except AudioError as error:
         _write(output, pack_report(Report("failed", str(error))))
-        return
-    wait_s = FIRST_LOOK_S
-    try:
-        for _ in range(looks):
-            started_at = time.monotonic()
-            why = _record_once(library, output, device, channel, rate)
-            _write(output, pack_report(Report("waiting", why)))
-            if time.monotonic() - started_at > STEADY_S:
-                wait_s = FIRST_LOOK_S
-            time.sleep(wait_s * random.uniform(0.5, 1))
-            wait_s = min(2 * wait_s, LAST_LOOK_S)
-            library._terminate()  # its list of devices is as old as its start
-            library._initialize()
     except Exception as error:  # noqa: BLE001 - whatever ends this process must be told: nobody sees its traceback
         _write(output, pack_report(Report("waiting", f"microphone {device}: {type(error).__name__}: {error}")))
+
+
+def _look_and_record(library: Any, output: int, device: str, channel: int | None, rate: int | None, looks: int) -> None:
+    wait_s = FIRST_LOOK_S
+    for _ in range(looks):
+        started_at = time.monotonic()
+        why = _record_once(library, output, device, channel, rate)
+        _write(output, pack_report(Report("waiting", why)))
+        if time.monotonic() - started_at > STEADY_S:
+            wait_s = FIRST_LOOK_S
+        time.sleep(wait_s * random.uniform(0.5, 1))
+        wait_s = min(2 * wait_s, LAST_LOOK_S)
+        library._terminate()  # its list of devices is as old as its start
+        library._initialize()
 
 
 def find_devices(library: Any) -> list[InputDevice]:
