@@ -168,10 +168,10 @@ class Scheduler:
             return
         try:
             recognizer = self._load()
+            self.costs = measured(recognizer)
         except Exception as error:  # noqa: BLE001 - start() raises it
             self._loaded.set_exception(error)
             return
-        self.costs = measured(recognizer)
         self._interruptible = interruptible(recognizer)
         self._idle_since = time.monotonic()
         self._loaded.set_result(None)
