@@ -82,15 +82,21 @@ def test_commands_say_what_is_expected() -> None:
 
 
 def heard(
-    kind: str, text: str, confidence: float, expected: str | None = None, sound: int = 0, speech_ratio: float = 0.5
+    kind: str,
+    text: str,
+    confidence: float,
+    expected: str | None = None,
+    sound: int = 0,
+    speech_ratio: float = 0.5,
+    steadiness: float | None = None,
 ) -> Heard:
     tokens = tuple(Token(character, 0, 1, confidence) for character in text)
     segment = Segment(new_segment_id(), 0, np.zeros(2 * SAMPLE_RATE, np.float32), 0, speech_ratio, None, None)
-    return Heard(kind, segment, Recognition(text, tokens, confidence if text else None), sound, expected)
+    return Heard(kind, segment, Recognition(text, tokens, confidence if text else None), sound, expected, steadiness)
 
 
 HEARD = [
-    heard(MUSIC, "一", 0.9), heard(MUSIC, "", 0.0), heard(MUSIC, "二", 0.9, speech_ratio=0.1),
+    heard(MUSIC, "一", 0.9, steadiness=0.7), heard(MUSIC, "", 0.0), heard(MUSIC, "二", 0.9, speech_ratio=0.1),
     heard(FOREIGN, "三", 0.6),
     heard(MANDARIN, "小度小度打开灯", 0.9), heard(MANDARIN, "小肚小豆", 0.3), heard(MANDARIN, "打开灯", 0.9),
     heard(COMMANDS, "打开灯", 0.95, "打开灯", 0), heard(COMMANDS, "关闭灯", 0.7, "关闭灯", 1),
@@ -115,11 +121,45 @@ def test_only_what_is_published_and_begins_with_the_phrase_is_addressed() -> Non
 
 
 def test_a_higher_threshold_costs_right_commands() -> None:
-    rows = {row["min_confidence"]: row for row in false_text.costs(HEARD, MINUTES, GATES)}
+    every = list(false_text.costs(HEARD, MINUTES, GATES))
+    rows = {row["min_confidence"]: row for row in every if not row["steadiness"]}
+    steady = {row["min_confidence"]: row for row in every if row["steadiness"]}
+    assert steady[0.8] == {**rows[0.8], "steadiness": false_text.STEADINESS, MUSIC: 0.0}
     assert (rows[0.0][MUSIC], rows[0.0][FOREIGN], rows[0.0]["right_dropped"]) == (2.0, 0.5, 0)
     assert (rows[0.65][FOREIGN], rows[0.65]["right_dropped"], rows[0.65]["wrong_dropped"]) == (0.0, 0, 1)
     assert (rows[0.8][MUSIC], rows[0.8]["right_dropped"]) == (2.0, 1)
     assert all((row["right"], row["wrong"]) == (2, 1) for row in rows.values()), "two segments are not one command"
+
+
+# Steadiness
+
+
+class Unsure:
+    """A recogniser that is less sure of whatever differs from a sound, and takes other lengths for another text."""
+
+    def __init__(self, sound: Samples, shifted: str) -> None:
+        self._sound, self._shifted = sound, shifted
+
+    def recognize(self, samples: Samples) -> Recognition:
+        if len(samples) != len(self._sound):
+            return Recognition(self._shifted, (), 0.8)
+        return Recognition("取消", (), 0.9 if np.array_equal(samples, self._sound) else 0.85)
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("shifted", "steadiness"), [("取消", 0.8), ("确认", 0.0)])
+def test_a_text_is_as_steady_as_the_least_sure_decode(shifted: str, steadiness: float) -> None:
+    sound = np.random.default_rng(0).standard_normal(SAMPLE_RATE).astype(np.float32)
+    first = heard(MUSIC, "取消", 0.9).recognition
+    assert false_text.steadiness_of(Unsure(sound, shifted), sound, first) == steadiness
+
+
+@pytest.mark.parametrize("text", ["", "打开客厅灯"])
+def test_only_short_texts_are_decoded_again(text: str) -> None:
+    first = heard(MUSIC, text, 0.9).recognition
+    assert false_text.steadiness_of(Unsure(np.zeros(9, np.float32), ""), np.zeros(9, np.float32), first) is None
 
 
 # The whole
