@@ -15,6 +15,8 @@ import json
 import logging
 import os
 import random
+import statistics
+import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -29,9 +31,12 @@ from bench.overload_report import figures
 from edge_asr import metrics
 from edge_asr.answers import Gates, Labels
 from edge_asr.budget import LatencyBudget, LateWatch
+from edge_asr.config import EngineConfig
 from edge_asr.errors import InterruptedRunError
+from edge_asr.ladder import load_ladder
 from edge_asr.pipeline import Listener, Pace
-from edge_asr.recognizer.scheduler import Scheduler
+from edge_asr.recognizer.bundle import read_bundle
+from edge_asr.recognizer.scheduler import Recognizer, Scheduler
 from edge_asr.speech.segmenter import POST_ROLL, Rules, Segmenter
 from edge_asr.types import CHUNK_S, CHUNK_SAMPLES, SAMPLE_RATE, Chunk, Partial, Recognition, Samples, Token, Transcript
 
@@ -45,6 +50,7 @@ PAUSES = (POST_ROLL + 2, RULES.endpoint - 2)
 SCALE = 2.0**-20
 """A sentence's number times this is in the first sample of its chunks."""
 PARTIAL_INTERVAL_MS = 300
+ONE_THREAD = EngineConfig(target="onnx-int8", threads=1)
 SAMPLED_S = 0.25
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -134,6 +140,8 @@ class Observed:
     """Those that came after the transcript of their id."""
     enforced: dict[str, int] = field(default_factory=dict)
     segments: int = 0
+    gated: int = 0
+    """Those that nothing was recognised in."""
     counted_lost: int = 0
     """What the listeners say that they have lost."""
     runs: list[tuple[float, float]] = field(default_factory=list)
@@ -176,16 +184,17 @@ class Voice:
     def __init__(self, name: str, sentences: Sequence[Sentence], setting: Setting, began_at: float) -> None:
         self.name = name
         self._sentences = sentences
-        self._chunks = round(sum(phase.seconds for phase in setting.phases) / CHUNK_S)
+        said = max((sentence.start + sentence.length for sentence in sentences), default=0)
+        self._chunks = max(said + RULES.endpoint + 1, round(sum(phase.seconds for phase in setting.phases) / CHUNK_S))
         self._chunk_s = CHUNK_S / setting.speed
         self._began_at = began_at
         self._noise = np.random.default_rng(0).normal(0, 1, CHUNK_SAMPLES).astype(np.float32)
 
     async def chunks(self) -> AsyncIterator[Chunk]:
         """Yield what is said, then silence in which the last sentence ends."""
-        coming, length = iter(self._sentences), self._chunks + LENGTHS[1] + RULES.endpoint + 1
+        coming = iter(self._sentences)
         current = next(coming, None)
-        for k in range(length):
+        for k in range(self._chunks):
             if current is not None and k >= current.start + current.length:
                 current = next(coming, None)
             captured_at = self._began_at + k * self._chunk_s
@@ -270,12 +279,15 @@ class Inbox:
         self._observed.partials_too_late += partial.id in self._done
 
 
-async def observe(setting: Setting) -> Observed:
-    """Let the voices speak, until everything that they have said is answered for. Raises ValueError as `plan` does."""
+async def observe(setting: Setting, model: Recognizer | None = None) -> Observed:
+    """Let the voices speak, until everything that they have said is answered for. Raises ValueError as `plan` does.
+
+    `model`: a recogniser that takes about `cost`; None: one that takes exactly that.
+    """
     observed = Observed(setting, plan(setting))
-    recognizer = Metered(setting.cost / setting.speed)
+    recognizer = model or Metered(setting.cost / setting.speed)
     async with recognising(recognizer) as scheduler:
-        before, segments = _enforced(), _value(metrics.SEGMENTS)
+        before, segments, gated = _enforced(), _value(metrics.SEGMENTS), _value(metrics.GATED.labels("empty"))
         gc.collect()
         observed.samples.append(_sample(scheduler))
         observed.began_at = time.monotonic()
@@ -289,15 +301,16 @@ async def observe(setting: Setting) -> Observed:
         gc.collect()
         _give_back()
         observed.samples.append(_sample(scheduler))
-        observed.runs = recognizer.runs
+        observed.runs = recognizer.runs if isinstance(recognizer, Metered) else []
         observed.enforced = {step: count - before[step] for step, count in _enforced().items()}
         observed.segments = _value(metrics.SEGMENTS) - segments
+        observed.gated = _value(metrics.GATED.labels("empty")) - gated
         observed.counted_lost = sum(listener.lost for listener in listeners)
     return observed
 
 
 @asynccontextmanager
-async def recognising(recognizer: Metered) -> AsyncIterator[Scheduler]:
+async def recognising(recognizer: Recognizer) -> AsyncIterator[Scheduler]:
     """Give the real scheduler with that recogniser."""
     scheduler = Scheduler(lambda: recognizer)
     await scheduler.start()
@@ -349,6 +362,17 @@ def _value(counter: Counter) -> int:
     return round(family.samples[0].value)
 
 
+def cost_of(recognizer: Recognizer) -> float:
+    """Return the seconds that a recogniser takes for a second of sound, in segments as they come here."""
+    mean = np.random.default_rng(0).normal(0, 0.1, round((sum(LENGTHS) / 2 + AROUND) * CHUNK_SAMPLES))
+    samples, taken = mean.astype(np.float32), []
+    for _ in range(20):
+        started = time.monotonic()
+        recognizer.recognize(samples)
+        taken.append(time.monotonic() - started)
+    return statistics.median(taken) / (len(samples) / SAMPLE_RATE)
+
+
 def main(arguments: Sequence[str] | None = None, show: Callable[[str], None] = print) -> None:
     """Run it and print the figures, one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -360,12 +384,16 @@ def main(arguments: Sequence[str] | None = None, show: Callable[[str], None] = p
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--cost", type=float, default=0.06, help="seconds for a second of sound (default: 0.06)")
     parser.add_argument("--max-backlog-s", type=float, default=120)
+    parser.add_argument("--model", type=Path, help="a bundle to recognise with, int8 on one thread, instead of --cost")
     given = parser.parse_args(arguments)
-    logging.getLogger("edge_asr").setLevel(logging.ERROR)  # what is lost is counted
     phases = (Phase(0.5, given.before), Phase(given.load, given.seconds), Phase(given.load_after, given.after))
-    setting = Setting(phases, given.streams, given.cost, given.max_backlog_s)
-    show(json.dumps(figures(asyncio.run(observe(setting)))))
+    with tempfile.TemporaryDirectory() as folder:
+        model = load_ladder(read_bundle(given.model), ONE_THREAD, Path(folder)) if given.model else None
+        cost = cost_of(model) if model else given.cost
+        observed = asyncio.run(observe(Setting(phases, given.streams, cost, given.max_backlog_s), model))
+    show(json.dumps(figures(observed)))
 
 
 if __name__ == "__main__":
+    logging.getLogger("edge_asr").setLevel(logging.ERROR)  # what is lost is counted
     main()
