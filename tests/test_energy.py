@@ -51,10 +51,24 @@ def test_an_echo_35_db_below_the_loudest_does_not_count() -> None:
     assert end_of_sound(sounds(quiet, tone(3200, -10), tone(1600, -40), quiet)) == 8000
 
 
-def test_what_is_less_than_10_db_above_the_floor_does_not_count() -> None:
+def test_what_is_less_than_5_db_above_the_floor_does_not_count() -> None:
     floor = tone(3200, -50)
-    assert end_of_sound(sounds(floor, tone(3200, -30), tone(1600, -45), floor)) == 6400
-    assert end_of_sound(sounds(floor, tone(3200, -30), tone(1600, -38), floor)) == 8000
+    assert end_of_sound(sounds(floor, tone(3200, -30), tone(1600, -46), floor)) == 6400
+    assert end_of_sound(sounds(floor, tone(3200, -30), tone(1600, -44), floor)) == 8000
+
+
+def test_a_click_of_10_ms_does_not_count() -> None:
+    quiet = noise(3200, -70)
+    assert end_of_sound(sounds(quiet, tone(3200, -20), quiet, tone(FRAME, -20), quiet)) == 6400
+    assert end_of_sound(sounds(quiet, tone(3200, -20), quiet, tone(2 * FRAME, -20), quiet)) == 9600 + 2 * FRAME
+
+
+@pytest.mark.parametrize("name", transcripts())
+@pytest.mark.parametrize("below_db", [40, 30])
+def test_noise_moves_the_end_of_speech_by_20_ms_at_most(name: str, below_db: int) -> None:
+    heard = sounds(np.zeros(4800, np.float32), sound_of(name), np.zeros(4800, np.float32))
+    level = 20 * np.log10(np.sqrt(np.square(sound_of(name)).mean()))
+    assert abs(end_of_sound(heard + noise(len(heard), level - below_db)) - end_of_sound(heard)) <= 2 * FRAME
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,14 @@ import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from edge_asr.speech.grammar import Shape, shape_of
+
 COMPLETE_ENDPOINT = 8
 """Chunks after the last speech that end a complete phrase, where the preset is not shorter: 256 ms."""
+GROWING_ENDPOINT = 14
+"""Chunks after the last speech that are waited where more may come: 448 ms, as long as people pause inside."""
+SURE = 0.75
+"""What is thought complete is not believed where the least certain of its tokens has less confidence."""
 OPEN_ENDPOINT = 31
 """Chunks after the last speech that are waited for the rest of what ends open: 992 ms."""
 
@@ -27,6 +33,8 @@ class Completeness(enum.Enum):
     """What a text says about whether its speaker goes on."""
 
     COMPLETE = "complete"
+    GROWING = "growing"
+    """Whole as it stands, and the beginning of something longer: 百分之三十 (五)."""
     OPEN = "open"
     UNKNOWN = "unknown"
 
@@ -61,9 +69,12 @@ MEASURED_AHEAD = _table("百分之", "星期", "礼拜", "周")
 def completeness(text: str, phrases: Iterable[str] = ()) -> Completeness:
     """Judge a text. `phrases` are normalised: what is known to be complete as it stands.
 
-    * COMPLETE: one of the phrases, unless another one begins with it (打开客厅灯, 打开客厅灯带).
+    * COMPLETE: one of the phrases, or a whole command by its structure (打开客厅灯, 把空调调到二十六度; `grammar.py`).
+    * GROWING: a phrase that another one begins with (打开客厅灯, 打开客厅灯带), or a command to which more may belong
+      (停止, 音量调到百分之三十).
     * OPEN: the beginning of a phrase that is no phrase itself; else a text with an open ending (调到, `set the`), a
-      verb alone that wants an object, or a number without a measure (二十 may become 二十六).
+      verb alone that wants an object, a command that lacks something (把卧室空调, 打开客厅), or a number without a
+      measure (二十 may become 二十六).
     * UNKNOWN: everything else, and no text at all.
     """
     normal = normalize(text)
@@ -71,10 +82,21 @@ def completeness(text: str, phrases: Iterable[str] = ()) -> Completeness:
         return Completeness.UNKNOWN
     begun = [phrase for phrase in phrases if phrase.startswith(normal)]
     if normal in begun:
-        return Completeness.COMPLETE if set(begun) == {normal} else Completeness.UNKNOWN
-    if begun or f" {normal}".endswith(OPEN_ENDINGS) or f" {normal}" in OPEN_ALONE or _ends_in_number(normal):
+        return Completeness.COMPLETE if set(begun) == {normal} else Completeness.GROWING
+    if begun:
+        return Completeness.OPEN
+    if (shape := shape_of(normal)) in _BY_SHAPE:
+        return _BY_SHAPE[shape]
+    if f" {normal}".endswith(OPEN_ENDINGS) or f" {normal}" in OPEN_ALONE or _ends_in_number(normal):
         return Completeness.OPEN
     return Completeness.UNKNOWN
+
+
+_BY_SHAPE = {
+    Shape.WHOLE: Completeness.COMPLETE,
+    Shape.GROWING: Completeness.GROWING,
+    Shape.BEGUN: Completeness.OPEN,
+}
 
 
 def _ends_in_number(normal: str) -> bool:
@@ -95,11 +117,16 @@ class ContentEndpoint:
     phrases: frozenset[str] = frozenset()
     """Normalised."""
 
-    def chunks(self, text: str) -> int:
-        """Return the chunks after the last speech that end the segment: never later than the preset unless open."""
+    def chunks(self, text: str, confidence: float = 1.0) -> int:
+        """Return the chunks after the last speech that end the segment: only what may go on waits past the preset.
+
+        `confidence`: of the least certain token. A word misheard makes a whole of what is none (二十六 of 二十度).
+        """
         match completeness(text, self.phrases):
-            case Completeness.COMPLETE:
+            case Completeness.COMPLETE if confidence >= SURE:
                 return min(self.preset, COMPLETE_ENDPOINT)
+            case Completeness.COMPLETE | Completeness.GROWING:
+                return max(self.preset, GROWING_ENDPOINT)
             case Completeness.OPEN:
                 return max(self.preset, OPEN_ENDPOINT)
             case Completeness.UNKNOWN:
