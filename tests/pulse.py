@@ -37,6 +37,9 @@ class PulseServer:
         self.home = Path(tempfile.mkdtemp(prefix="pulse"))
         self._process: subprocess.Popen[bytes] | None = None
         (self.home / "run").mkdir(mode=0o700)
+        settings = self.home / ".config/pulse/client.conf"
+        settings.parent.mkdir(parents=True)
+        settings.write_text("autospawn = no\n")  # whoever looks for a server that is gone must not start another
         self.name_microphone(MICROPHONE)
 
     @property

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from bundled import recording, sound_of, write_wav
+from bundled import BUNDLE, recording, sound_of, write_wav
 from daemons import SENTENCES, TEXTS, Daemon, Start, is_offline, is_ready, states, texts_on
-from mosquitto import Mosquitto, Subscriber, wait_for
+from mosquitto import Mosquitto, Subscriber, send, wait_for
 from pulse import MICROPHONE, PulseServer
 
+from edge_asr.loader import engine_folder
+from edge_asr.recognizer.bundle import read_bundle
 from edge_asr.types import SAMPLE_RATE
 
 NAMES = list(TEXTS)
 SOURCE = f"microphone:{MICROPHONE}"
 ROUND_S = 90.0
 """How long a round of all recordings may take."""
+
+
+RENAMED = "other"
+"""The sink of the microphone that has another name."""
+WATCHDOG_S = 35.0
+"""Longer than a watchdog waits for a sign of life: 30 s."""
 
 
 def silence(seconds: float) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -37,6 +46,12 @@ def speak(server: PulseServer, path: Path, sink: str = MICROPHONE) -> None:
     """Play a file to its end."""
     with server.play(path, sink) as player:
         assert player.wait(ROUND_S) == 0
+
+
+def passes(seconds: float) -> None:
+    """Return when so much time has passed."""
+    until = time.monotonic() + seconds
+    wait_for(lambda: time.monotonic() >= until, f"{seconds} s", seconds + 1)
 
 
 def health(subscriber: Subscriber, source: str = SOURCE) -> tuple[str, str]:
@@ -112,25 +127,133 @@ def test_all_sentences_spoken_with_pauses_arrive_whole_and_in_order(
         assert offsets == sorted(offsets)
 
 
+def unplugged(server: PulseServer) -> Callable[[], None]:
+    """Bring a fault about; return what ends it."""
+    server.remove_sink()
+    return server.add_sink
+
+
+def renamed(server: PulseServer) -> Callable[[], None]:
+    server.remove_sink()
+
+    def back() -> None:
+        server.add_sink(RENAMED)
+        server.name_microphone(f"{MICROPHONE}_2", RENAMED)
+
+    return back
+
+
+def killed(server: PulseServer) -> Callable[[], None]:
+    server.kill()
+    return lambda: server.start(**{MICROPHONE: (SAMPLE_RATE, 1)})
+
+
+def hanging(server: PulseServer) -> Callable[[], None]:
+    server.suspend()
+    return server.resume
+
+
 @pytest.mark.slow
-def test_a_microphone_that_is_unplugged_degrades_the_state_and_is_heard_again_when_it_is_back(
-    broker: Mosquitto, start: Start, pulse_server: PulseServer, tmp_path: Path
+@pytest.mark.parametrize(
+    ("fault", "lasts_s", "sink"),
+    [
+        pytest.param(unplugged, 0.0, MICROPHONE, id="unplugged"),
+        pytest.param(renamed, 0.0, RENAMED, id="renamed"),
+        pytest.param(killed, 0.0, MICROPHONE, id="sound server killed"),
+        pytest.param(hanging, 10.0, MICROPHONE, id="no data for 10 s"),
+        pytest.param(unplugged, WATCHDOG_S, MICROPHONE, id="absent for longer than a watchdog waits"),
+    ],
+)
+def test_a_lost_microphone_degrades_the_state_and_is_heard_again_when_it_is_back(
+    broker: Mosquitto,
+    start: Start,
+    pulse_server: PulseServer,
+    tmp_path: Path,
+    fault: Callable[[PulseServer], Callable[[], None]],
+    lasts_s: float,
+    sink: str,
 ) -> None:
     path = spoken(tmp_path / "one.wav", NAMES[:1])
     with Subscriber(broker.port) as subscriber:
         daemon = start(broker.port, "--source", SOURCE)
         subscriber.wait_for(is_heard(), "the microphone is heard")
-        pulse_server.remove_sink()
-        subscriber.wait_for(lambda s: states(s)[-1] == "degraded", "the loss is told")
-        assert health(subscriber)[0] in ("waiting", "stalled")
-        assert subscriber.on("state")[-1].json["why"].startswith(f"{SOURCE} {health(subscriber)[0]}: ")
-        pulse_server.add_sink()
+        back = fault(pulse_server)
+        try:
+            subscriber.wait_for(lambda s: states(s)[-1] == "degraded", "the loss is told")
+            assert health(subscriber)[0] in ("waiting", "stalled")
+            assert subscriber.on("state")[-1].json["why"].startswith(f"{SOURCE} {health(subscriber)[0]}: ")
+            passes(lasts_s)
+            assert health(subscriber)[0] in ("waiting", "stalled")
+        finally:
+            back()
         subscriber.wait_for(is_heard(), "the microphone is heard again")
-        speak(pulse_server, path)
+        speak(pulse_server, path, sink)
         subscriber.wait_for(lambda s: s.on("said"), "the sentence")
         ends_and_leaves_nothing(daemon, pulse_server)
         assert texts_on(subscriber, "said") == SENTENCES[:1]
         assert states(subscriber) == ["starting", "ready", "degraded", "ready"]
+
+
+@pytest.mark.slow
+def test_nothing_that_was_said_while_it_was_muted_comes_out_and_what_is_said_afterwards_is_whole(
+    broker: Mosquitto, start: Start, pulse_server: PulseServer, tmp_path: Path, state_folder: Path
+) -> None:
+    secret, public = spoken(tmp_path / "secret.wav", NAMES[1:4]), spoken(tmp_path / "public.wav", NAMES[:1])
+    engine = engine_folder(read_bundle(BUNDLE), state_folder)  # the state, which mute is kept in, is our own
+    with Subscriber(broker.port) as subscriber:
+        daemon = start(
+            broker.port, "--source", SOURCE, "-o", f"state_dir={tmp_path / 'state'}", "-o", f"engine.dir={engine}"
+        )
+        subscriber.wait_for(is_heard(), "the microphone is heard")
+        send(broker.port, "edge_asr/hall/cmd/mute", "on")
+        subscriber.wait_for(lambda s: health(s)[0] == "muted", "it is muted")
+        wait_for(lambda: pulse_server.recordings() == 0, "the device is closed")
+        muted_at = time.monotonic()
+        while time.monotonic() < muted_at + WATCHDOG_S:
+            speak(pulse_server, secret)
+            assert pulse_server.recordings() == 0
+        assert states(subscriber) == ["starting", "ready"]
+        send(broker.port, "edge_asr/hall/cmd/mute", "off")
+        subscriber.wait_for(is_heard(), "the microphone is heard again")
+        speak(pulse_server, public)
+        subscriber.wait_for(lambda s: s.on("said"), "the sentence")
+        ends_and_leaves_nothing(daemon, pulse_server)
+        assert texts_on(subscriber, "said") == texts_on(subscriber, "transcript") == SENTENCES[:1]
+        assert {message.json["id"] for message in subscriber.on("partial")} <= {subscriber.on("said")[0].json["id"]}
+
+
+@pytest.mark.slow
+def test_a_stereo_device_of_44100_hz_is_understood(
+    broker: Mosquitto, start: Start, pulse_server: PulseServer, tmp_path: Path
+) -> None:
+    pulse_server.add_sink("wide", 44_100, 2)
+    pulse_server.name_microphone("wide", "wide")
+    path = spoken(tmp_path / "three.wav", NAMES[:3])
+    with Subscriber(broker.port) as subscriber:
+        daemon = start(broker.port, "-o", "sources=[{kind: microphone, device: wide, rate: 44100}]")
+        subscriber.wait_for(is_heard("microphone:wide"), "the microphone is heard")
+        speak(pulse_server, path, "wide")
+        subscriber.wait_for(lambda s: len(s.on("transcript")) == 3, "all sentences")
+        ends_and_leaves_nothing(daemon, pulse_server)
+        assert texts_on(subscriber, "transcript") == SENTENCES[:3]
+
+
+@pytest.mark.slow
+def test_digital_silence_and_clipping_are_told_in_the_state_of_a_microphone_that_is_heard(
+    broker: Mosquitto, start: Start, pulse_server: PulseServer, tmp_path: Path
+) -> None:
+    noise = np.random.default_rng(2).uniform(-1, 1, 12 * SAMPLE_RATE).astype(np.float32)
+    loud = write_wav(tmp_path / "loud.wav", np.clip(3 * noise, -1, 1))
+    quiet = write_wav(tmp_path / "quiet.wav", 0.001 * noise)
+    with Subscriber(broker.port) as subscriber:
+        daemon = start(broker.port, "--source", SOURCE)
+        subscriber.wait_for(lambda s: is_heard()(s) and "digital silence" in health(s)[1], "the silence is told")
+        speak(pulse_server, loud)
+        subscriber.wait_for(lambda s: is_heard()(s) and health(s)[1].startswith("clipping: "), "the clipping is told")
+        with pulse_server.play(quiet):
+            subscriber.wait_for(lambda s: is_heard()(s) and health(s)[1] == "", "all is well")
+        ends_and_leaves_nothing(daemon, pulse_server)
+        assert states(subscriber) == ["starting", "ready"]
 
 
 @pytest.mark.slow

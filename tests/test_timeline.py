@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 
 import numpy as np
@@ -14,6 +15,8 @@ from edge_asr.audio.messages import Sound
 from edge_asr.audio.resample import ToMono16k
 from edge_asr.audio.timeline import Timeline
 from edge_asr.types import CHUNK_S, CHUNK_SAMPLES, SAMPLE_RATE, Chunk
+
+log = logging.getLogger(__name__)
 
 DAY_S = 24 * 3600
 BLOCK = 512
@@ -39,6 +42,24 @@ def test_over_a_day_a_device_that_runs_wrong_keeps_its_times(ppm: float) -> None
         worst = max(worst, abs(clock.time_of(frame) - truth)) if second > 10 else 0.0
     assert worst <= 0.020
     assert clock.ppm == pytest.approx(ppm, abs=5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ppm", "seed"), [(100.0, 1), (-100.0, 2)])
+def test_over_a_day_of_blocks_the_end_of_every_chunk_is_known_to_20_ms(ppm: float, seed: int) -> None:
+    random, timeline, began_at = np.random.default_rng(seed), opened(), 1000.0
+    true_s = BLOCK / SAMPLE_RATE * (1 + ppm * 1e-6)
+    blocks = round(DAY_S / true_s)
+    late = random.exponential(0.004, blocks) + (random.random(blocks) < 0.01) * random.uniform(0, 0.5, blocks)
+    silence, worst, number = np.zeros(BLOCK, np.int16), 0.0, 0
+    for number in range(blocks):
+        (chunk,) = push(timeline, silence, began_at + number * true_s + late[number])
+        assert chunk.index == number * CHUNK_SAMPLES
+        worst = max(worst, abs(chunk.captured_at + CHUNK_S - (began_at + (number + 1) * true_s)))
+    log.warning("%+.0f ppm for %.1f h: times wrong by up to %.1f ms", ppm, blocks * true_s / 3600, worst * 1e3)
+    assert worst <= 0.020
+    assert (timeline.gaps, timeline.overruns) == (0, 0)
+    assert timeline.drift_ppm == pytest.approx(ppm, abs=5)
 
 
 def test_a_device_that_warms_up_is_followed() -> None:
