@@ -6,6 +6,7 @@ import fcntl
 import itertools
 import json
 import termios
+import threading
 import time
 from array import array
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 from bundled import BUNDLE, sound_of, write_wav
 from daemons import SENTENCES, TEXTS, Daemon, Start, is_offline, is_ready, states, texts_on
-from mosquitto import PATIENCE_S, Message, Mosquitto, Subscriber, send, wait_for
+from mosquitto import PATIENCE_S, Message, Mosquitto, Subscriber, send, send_lines, wait_for
 from pulse import MICROPHONE, PulseServer
 
 from edge_asr.loader import engine_folder
@@ -230,6 +231,69 @@ def test_mute_outlives_a_restart(broker: Mosquitto, start: Start, apart: list[st
         subscriber.wait_for(lambda s: is_ready(s) and health_of(s) == ["muted"], "ready, and muted still")
         assert all(message.json["mute"] for message in state.messages)
         assert daemon.stop() == 0
+
+
+LOADING = """
+import sys
+import time
+from pathlib import Path
+from edge_asr import cli, ladder
+
+go = Path(sys.argv.pop(1))
+load = ladder.load_recognizer
+
+def slow(*given):
+    while not go.exists():
+        time.sleep(0.005)
+    return load(*given)
+
+ladder.load_recognizer = slow
+cli.main()
+"""
+
+
+def test_commands_are_obeyed_while_the_engine_is_being_loaded(
+    broker: Mosquitto, start: Start, apart: list[str], tmp_path: Path
+) -> None:
+    go = tmp_path / "go"
+    with Subscriber(broker.port) as subscriber:
+        daemon = start(broker.port, *apart, "--source", "stdin", program=("-c", LOADING, str(go)))
+        subscriber.wait_for(shows(state="starting", mute=False), "starting")
+        assert command(broker, subscriber, "mute", "on") == {"ok": True, "mute": True}
+        assert command(broker, subscriber, "mute", "off") == {"ok": True, "mute": False}
+        refused = command(broker, subscriber, "listen", "")
+        assert refused["why"].startswith("nothing is listened to yet"), refused
+        assert command(broker, subscriber, "mute", "on") == {"ok": True, "mute": True}
+        assert command(broker, subscriber, "preset", "relaxed") == {"ok": True, "preset": "relaxed"}
+        subscriber.wait_for(shows(state="starting", mute=True, preset="relaxed"), "both in the state")
+        go.touch()
+        subscriber.wait_for(lambda s: is_ready(s) and health_of(s) == ["muted"], "ready, and muted still")
+        tell(daemon, sound_of(NAMES[0]))
+        assert command(broker, subscriber, "mute", "off")["ok"]
+        tell(daemon, sound_of(NAMES[1]))
+        subscriber.wait_for(lambda s: s.on("transcript"), "the second sentence")
+        assert daemon.stop() == 0
+        assert texts_on(subscriber, "transcript") == SENTENCES[1:2]
+
+
+def test_a_daemon_that_is_given_commands_while_it_stops_ends_in_time_and_without_a_word(
+    broker: Mosquitto, start: Start, apart: list[str]
+) -> None:
+    with Subscriber(broker.port) as subscriber:
+        daemon = start(broker.port, *apart, "--source", "stdin")
+        subscriber.wait_for(is_ready, "ready")
+        many = threading.Thread(
+            target=send_lines, args=(broker.port, f"{BASE}/cmd/mute", ["on", "off"] * 500), name="many commands"
+        )
+        many.start()
+        try:
+            subscriber.wait_for(lambda s: s.on("cmd/mute/result"), "the first answer")
+            assert daemon.stop() == 0
+        finally:
+            many.join(PATIENCE_S)
+        assert daemon.complaints == []
+        assert "never awaited" not in daemon.log
+        subscriber.wait_for(is_offline, "offline")
 
 
 def test_push_to_talk_hears_a_sentence_when_asked_to_and_no_other(
