@@ -13,6 +13,7 @@ import ctypes
 import gc
 import json
 import logging
+import math
 import os
 import random
 import statistics
@@ -47,6 +48,8 @@ LENGTHS = (25, 85)
 """Chunks of a sentence: 0.8 to 2.7 s."""
 PAUSES = (POST_ROLL + 2, RULES.endpoint - 2)
 """Chunks of silence in the middle of every other sentence: long enough to be decoded at, too short to end it."""
+SPOKEN = 0.75
+"""Share of the time that a voice can speak at most."""
 SCALE = 2.0**-20
 """A sentence's number times this is in the first sample of its chunks."""
 PARTIAL_INTERVAL_MS = 300
@@ -153,7 +156,7 @@ def plan(setting: Setting) -> list[list[Sentence]]:
 
     Raises ValueError where the voices would have to speak without a pause.
     """
-    if max(phase.load for phase in setting.phases) > 0.8 * setting.streams * setting.cost:
+    if max(phase.load for phase in setting.phases) > SPOKEN * setting.streams * setting.cost:
         raise ValueError(f"{setting.streams} streams cannot make so much load; take more, or a slower recogniser")
     return [_speech_of(setting, random.Random(setting.seed + stream)) for stream in range(setting.streams)]
 
@@ -381,7 +384,7 @@ def main(arguments: Sequence[str] | None = None, show: Callable[[str], None] = p
     parser.add_argument("--before", type=float, default=20, help="seconds at half its load before (default: 20)")
     parser.add_argument("--after", type=float, default=30, help="seconds afterwards (default: 30)")
     parser.add_argument("--load-after", type=float, default=0.5, help="the load in those (default: 0.5)")
-    parser.add_argument("--streams", type=int, default=64)
+    parser.add_argument("--streams", type=int, help="voices (default: as many as it takes)")
     parser.add_argument("--cost", type=float, default=0.06, help="seconds for a second of sound (default: 0.06)")
     parser.add_argument("--max-backlog-s", type=float, default=120)
     parser.add_argument("--model", type=Path, help="a bundle to recognise with, int8 on one thread, instead of --cost")
@@ -390,7 +393,8 @@ def main(arguments: Sequence[str] | None = None, show: Callable[[str], None] = p
     with tempfile.TemporaryDirectory() as folder:
         model = load_ladder(read_bundle(given.model), ONE_THREAD, Path(folder)) if given.model else None
         cost = cost_of(model) if model else given.cost
-        observed = asyncio.run(observe(Setting(phases, given.streams, cost, given.max_backlog_s), model))
+        streams = given.streams or math.ceil(max(phase.load for phase in phases) / SPOKEN / cost)
+        observed = asyncio.run(observe(Setting(phases, streams, cost, given.max_backlog_s), model))
     show(json.dumps(figures(observed)))
 
 

@@ -67,7 +67,7 @@ def test_between_sentences_a_segment_ends_and_within_one_it_does_not(seed: int) 
 
 def test_too_few_voices_for_a_load_are_refused() -> None:
     with pytest.raises(ValueError, match="4 streams cannot make so much load; take more"):
-        plan(dataclasses.replace(SETTING, phases=(Phase(3.3, 10),)))
+        plan(dataclasses.replace(SETTING, phases=(Phase(3.1, 10),)))
 
 
 def test_the_recogniser_tells_the_sentence_by_its_number_and_can_be_interrupted() -> None:

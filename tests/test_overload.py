@@ -33,8 +33,8 @@ PATIENCE_S = 60
 
 PHASES = (Phase(0.4, 6), Phase(3, 16), Phase(0, 50), Phase(0.3, 30))
 """It is quiet after the overload for longer than what waits then takes, however busy the machine is besides."""
-ROOMY = Setting(PHASES, streams=10, cost=0.4, max_backlog_s=120, response_ms=300, speed=20)
-NARROW = Setting(PHASES, streams=10, cost=0.4, max_backlog_s=6, response_ms=300, speed=20)
+ROOMY = Setting(PHASES, streams=11, cost=0.4, max_backlog_s=120, response_ms=300, speed=20)
+NARROW = Setting(PHASES, streams=11, cost=0.4, max_backlog_s=6, response_ms=300, speed=20)
 
 
 @pytest.fixture(scope="module")
