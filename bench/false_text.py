@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ from edge_asr.audio.source import Chunker
 from edge_asr.config import EngineConfig, GatesConfig, SegmentConfig
 from edge_asr.errors import EdgeAsrError
 from edge_asr.ladder import load_ladder
-from edge_asr.recognizer.bundle import read_bundle
+from edge_asr.recognizer.bundle import Bundle, read_bundle
 from edge_asr.recognizer.scheduler import Recognizer
 from edge_asr.recording import Recording
 from edge_asr.speech.segmenter import Ended, Event, Rules, Segmenter, Split
@@ -57,6 +58,10 @@ NOISE_DB = 20
 """White noise, below the sound."""
 STEADINESS = 0.75
 """Short texts that are less steady are dropped in the second half of the table."""
+
+PHRASE_LENGTHS = (2, 3, 4)
+"""Characters of wake phrases that are drawn at random."""
+PHRASES_DRAWN = 100
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -176,6 +181,22 @@ def addressed(heard: Sequence[Heard], gates: Gates, wake_phrase: WakePhrase) -> 
     ]
 
 
+def alarms(heard: Sequence[Heard], hours: float, gates: Gates, characters: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yield a row for each length of a wake phrase: how often the Mandarin is taken for one made of any characters."""
+    passed = [one for one in heard if one.kind == MANDARIN and gates.refuse(one.segment, one.recognition) is None]
+    rng = Random(0)
+    for length in PHRASE_LENGTHS:
+        drawn = ["".join(rng.sample(characters, length)) for _ in range(PHRASES_DRAWN)]
+        rates = [len(addressed(passed, gates, WakePhrase([phrase]))) / hours for phrase in drawn]
+        yield {
+            "characters": length,
+            "phrases": len(drawn),
+            "per_hour": round(sum(rates) / len(rates), 3),
+            "most": max(rates),
+            "above_half": sum(rate > 0.5 for rate in rates),
+        }
+
+
 def costs(heard: Sequence[Heard], minutes: dict[str, int], gates: Gates) -> Iterator[dict[str, Any]]:
     """Yield a row for each `min_confidence`, with and without a look at steadiness.
 
@@ -205,9 +226,8 @@ def _passed(heard: Sequence[Heard], gates: Gates, steadiness: float) -> int:
     )
 
 
-def run(options: argparse.Namespace, tick: Tick) -> tuple[list[Heard], dict[str, int], Gates]:
+def run(options: argparse.Namespace, bundle: Bundle, tick: Tick) -> tuple[list[Heard], dict[str, int]]:
     """Hear everything. Raises EdgeAsrError."""
-    bundle = read_bundle(options.model)
     minutes = {kind: max(1, round(share * options.minutes)) for kind, share in SHARES.items()}
     seed, recordings = options.seed, options.recordings
     sounds = {
@@ -226,7 +246,7 @@ def run(options: argparse.Namespace, tick: Tick) -> tuple[list[Heard], dict[str,
             ]
         finally:
             recognizer.close()
-    return heard, minutes, choose_gates(GatesConfig(), bundle)
+    return heard, minutes
 
 
 def _told(kind: str, sounds: Iterable[Sound], tick: Tick) -> Iterator[Sound]:
@@ -242,17 +262,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit("false_text: espeak-ng is not installed: sudo apt-get install -y espeak-ng")
     count = sum(max(1, round(share * options.minutes)) for share in SHARES.values()) + options.commands
     try:
+        bundle = read_bundle(options.model)
         with progress(count) as tick:
-            heard, minutes, gates = run(options, tick)
+            heard, minutes = run(options, bundle, tick)
     except EdgeAsrError as error:
         sys.exit(f"false_text: {error}")
-    wake_phrase = WakePhrase(options.phrases)
-    found = addressed(heard, gates, wake_phrase)
+    gates = choose_gates(GatesConfig(), bundle)
+    found = addressed(heard, gates, WakePhrase(options.phrases))
+    characters = [token for token in bundle.tokens if len(token) == 1 and "一" <= token <= "鿿"]
     result = {
         "seed": options.seed,
         "gates": dataclasses.asdict(gates),
         "counts": list(counts(heard, minutes, gates)),
         "addressed": {"phrases": options.phrases, "per_hour": round(len(found) * 60 / minutes[MANDARIN], 2)},
+        "alarms": list(alarms(heard, minutes[MANDARIN] / 60, gates, characters)),
         "costs": list(costs(heard, minutes, gates)),
     }
     _print(result)
@@ -272,6 +295,10 @@ def _print(result: dict[str, Any]) -> None:
         print(_row(*(dropped if key == "dropped" else value for key, value in row.items())))
     told = result["addressed"]
     print(f"\nMandarin taken for an address ({', '.join(told['phrases'])}): {told['per_hour']} an hour\n")
+    print(_row("characters", "phrases", "an hour", "most", "more than 0.5"), _row(*["---"] * 5), sep="\n")
+    for row in result["alarms"]:
+        print(_row(*row.values()))
+    print()
     kinds = list(SHARES)
     heads = ("steadiness", "min_confidence", *(f"{kind}, an hour" for kind in kinds))
     print(_row(*heads, "right commands dropped", "wrong ones"), _row(*["---"] * (2 + len(heads))), sep="\n")

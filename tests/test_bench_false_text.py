@@ -120,6 +120,13 @@ def test_only_what_is_published_and_begins_with_the_phrase_is_addressed() -> Non
     assert [one.recognition.text for one in found] == ["小度小度打开灯"]
 
 
+def test_phrases_drawn_from_what_is_said_anyway_are_heard() -> None:
+    two, three, four = false_text.alarms(HEARD, 0.5, GATES, ["打", "开", "灯", "关"])
+    assert (two["characters"], two["phrases"], two["most"]) == (2, 100, 2.0)
+    assert 0 < three["per_hour"] < four["per_hour"] < 2, "打开灯; and 打开灯关 without one, whichever it is"
+    assert all(row["above_half"] / row["phrases"] == row["per_hour"] / row["most"] for row in (two, three, four))
+
+
 def test_a_higher_threshold_costs_right_commands() -> None:
     every = list(false_text.costs(HEARD, MINUTES, GATES))
     rows = {row["min_confidence"]: row for row in every if not row["steadiness"]}
