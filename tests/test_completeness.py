@@ -112,6 +112,7 @@ def test_a_command_that_lacks_something_is_open(text: str) -> None:
         ("百分之三十五", "Cf"),
         ("二十六点五度", "nU"),
         ("三点", "n?"),
+        ("点五度", "?nU"),
         ("turn on the light", "VXD"),
         ("turn the light on", "GXDR"),
     ],

@@ -59,6 +59,7 @@ def test_a_soft_sound_that_rises_soon_after_speech_is_speech_that_goes_on() -> N
 def test_an_echo_which_is_as_loud_does_not_go_on() -> None:
     falls = [(SOFT_DB - k, 0.3 - k / 100) for k in range(5)]
     assert steadied(falls) == [0.3, 0.29, 0.28, 0.27, 0.26]
+    assert steadied([(SOFT_DB, 0.1), (SOFT_DB - 1, 0.12), (SOFT_DB - 2, 0.14)]) == [0.1, 0.12, 0.14]
 
 
 @pytest.mark.parametrize(("wait", "goes_on"), [(GOES_ON - 1, True), (GOES_ON + 5, False)])

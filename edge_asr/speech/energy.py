@@ -21,7 +21,7 @@ def end_of_sound(samples: Samples) -> int:
     the loudest.
     """
     frames = samples[: len(samples) // FRAME * FRAME].reshape(-1, FRAME)
-    if len(frames) < RUN:
+    if not len(frames):
         return len(samples)
     decibels = 10 * np.log10(np.square(frames).mean(1) + 1e-12)
     tenth = len(decibels) // 10
