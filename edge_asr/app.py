@@ -26,6 +26,7 @@ from edge_asr.ladder import load_ladder
 from edge_asr.pipeline import Listener, Pace
 from edge_asr.publish.mqtt import MqttPublisher
 from edge_asr.recognizer.bundle import Bundle, read_bundle
+from edge_asr.recognizer.scheduler import Scheduler
 from edge_asr.sources import WatchedSource, is_live
 from edge_asr.speech.segmenter import ENDPOINTS, Rules, Segmenter
 from edge_asr.speech.vad import SileroDetector
@@ -136,6 +137,11 @@ class Daemon:
             await self._stop_listeners()
             await self._stop_engine()
             await self._stop_publisher()
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """The one queue of all recognitions."""
+        return self._keeper.scheduler
 
     def stop(self) -> None:
         """Ask the daemon to end."""

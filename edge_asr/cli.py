@@ -267,6 +267,9 @@ def bench_latency(
         typer.Option("--preset", metavar="aggressive|default|relaxed", help="segment.preset for once."),
     ] = None,
     streams: Annotated[int, typer.Option("--streams", min=1, max=32, help="Each plays all files, at once.")] = 1,
+    clients: Annotated[
+        int, typer.Option("--clients", min=0, max=64, help="Ask for long recordings meanwhile, one after another.")
+    ] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     model: ModelOption = None,
     engine: EngineOption = None,
@@ -282,7 +285,7 @@ def bench_latency(
     from edge_asr import cli_bench_latency, logs
 
     logs.set_up(settings.log.level)
-    if (lost := cli_bench_latency.bench_latency(settings, files, streams, as_json)) is not None:
+    if (lost := cli_bench_latency.bench_latency(settings, files, streams, clients, as_json)) is not None:
         _complain(lost)
         raise typer.Exit(1)
 

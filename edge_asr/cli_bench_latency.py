@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from edge_asr.bench.clients import RECORDING_S
 from edge_asr.bench.latency import replay
 from edge_asr.broker import AMQTT
 from edge_asr.config import Config
@@ -14,9 +15,11 @@ from edge_asr.errors import EdgeAsrError
 COLUMNS = ("p50", "p95", "p99", "max")
 
 
-def bench_latency(config: Config, files: Sequence[str], streams: int, as_json: bool) -> EdgeAsrError | None:
+def bench_latency(
+    config: Config, files: Sequence[str], streams: int, clients: int, as_json: bool
+) -> EdgeAsrError | None:
     """Replay and print the figures; return what was lost, as an error. Raises what `replay` raises."""
-    outcome = replay(config, files, streams)
+    outcome = replay(config, files, streams, clients)
     figures = outcome.figures
     print(json.dumps(figures, ensure_ascii=False) if as_json else "\n".join(_table(figures)), flush=True)
     if outcome.failure is None and figures["lost"]:
@@ -36,6 +39,12 @@ def _table(figures: Mapping[str, Any]) -> list[str]:
         *(_row(name, figures[f"{name}_ms"]) for name in ("endpoint", "response", "total", "end_error")),
         *(_row(f"  {stage}", spread) for stage, spread in figures["stages"].items()),
     ]
+    if figures["clients"]:
+        lines += [
+            "",
+            f"beside {figures['clients']} clients with recordings of {RECORDING_S} s:"
+            f" {figures['client_requests']} requests answered, {figures['client_requests_cut']} of them in parts",
+        ]
     if figures["broker"] == AMQTT:
         lines += ["", "The broker ran in the same process and took time from it: install mosquitto for better figures."]
     return lines

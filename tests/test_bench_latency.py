@@ -31,6 +31,7 @@ SPREADS = ("endpoint_ms", "response_ms", "total_ms", "end_error_ms")
 KEYS = {
     "count", "late", "lost", "empty", "cut", "texts", "differing", *SPREADS, "stages", "decoded_at_pause", "enforced",
     "streams", "preset", "content_endpointing", "response_budget_ms", "model", "engine", "threads", "broker",
+    "clients", "client_requests", "client_requests_cut",
 }  # fmt: skip
 
 
@@ -113,6 +114,14 @@ def test_what_the_engine_fails_on_is_lost_and_the_command_fails(
     assert (figures["count"], figures["lost"]) == (0, 1)
     assert figures["texts"] == {str(recording(SHORT)): ""}
     assert "edge-asr: segments lost because the engine failed on them: 1; see the log" in complaints
+
+
+def test_clients_are_served_beside_the_streams(capsys: pytest.CaptureFixture[str], mosquitto_installed: None) -> None:
+    assert bench("--json", "--clients", "2", str(recording(SHORT))) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert (figures["count"], figures["lost"], figures["clients"]) == (1, 0, 2)
+    assert figures["client_requests"] >= 2
+    assert figures["client_requests_cut"] <= figures["client_requests"]
 
 
 def test_a_file_in_which_nobody_speaks_is_lost(

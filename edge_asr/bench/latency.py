@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_asr.app import STOP_SIGNALS, Daemon
+from edge_asr.bench.clients import Served, asking
 from edge_asr.bench.progress import EVERY_S, Tick, shown
 from edge_asr.bench.subscriber import subscribed
 from edge_asr.bench.tape import Tape, record_all
@@ -34,16 +35,16 @@ class Outcome:
     """What the daemon complains of at the end, such as segments lost."""
 
 
-def replay(config: Config, files: Sequence[str], streams: int) -> Outcome:
-    """Play every file on each of so many streams, at the pace of speech, and measure.
+def replay(config: Config, files: Sequence[str], streams: int, clients: int = 0) -> Outcome:
+    """Play every file on each of so many streams, at the pace of speech, beside so many clients, and measure.
 
     Raises AudioError, ConfigError, BundleError, EngineError, and KeyboardInterrupt where a signal ends it.
     """
-    return asyncio.run(_until_stopped(config, tuple(dict.fromkeys(files)), streams))
+    return asyncio.run(_until_stopped(config, tuple(dict.fromkeys(files)), streams, clients))
 
 
-async def _until_stopped(config: Config, files: Sequence[str], streams: int) -> Outcome:
-    replaying = asyncio.create_task(_replay(config, files, streams), name="replay")
+async def _until_stopped(config: Config, files: Sequence[str], streams: int, clients: int) -> Outcome:
+    replaying = asyncio.create_task(_replay(config, files, streams, clients), name="replay")
     for number in STOP_SIGNALS:
         asyncio.get_running_loop().add_signal_handler(number, replaying.cancel)
     try:
@@ -52,7 +53,7 @@ async def _until_stopped(config: Config, files: Sequence[str], streams: int) -> 
         raise KeyboardInterrupt from None
 
 
-async def _replay(config: Config, files: Sequence[str], streams: int) -> Outcome:
+async def _replay(config: Config, files: Sequence[str], streams: int, clients: int) -> Outcome:
     with tempfile.TemporaryDirectory(prefix="edge_asr-bench-") as name, fresh_state(config) as fresh:
         folder = Path(name)
         tapes = record_all(folder, files, streams)
@@ -62,11 +63,13 @@ async def _replay(config: Config, files: Sequence[str], streams: int) -> Outcome
             topic = f"{played.mqtt.base}/{played.device_id}/transcript"
             async with subscribed(broker.port, topic, messages) as subscriber:
                 before = Counts.now()
-                failure = await _run(Daemon(played), max(tape.length for tape in tapes.values()) / SAMPLE_RATE)
+                seconds = max(tape.length for tape in tapes.values()) / SAMPLE_RATE
+                failure, served = await _run(Daemon(played), seconds, clients)
                 counts = Counts.now().since(before)
                 events = await subscriber.collect()
         figures = judge(place(events, tapes), tapes, counts)
-    return Outcome({**figures, **_circumstances(config, streams, broker.program, events)}, failure)
+    beside = {"clients": clients, "client_requests": served.requests, "client_requests_cut": served.cut}
+    return Outcome({**figures, **_circumstances(config, streams, broker.program, events), **beside}, failure)
 
 
 def _played(config: Config, tapes: Mapping[str, Tape], port: int) -> Config:
@@ -81,16 +84,16 @@ def _played(config: Config, tapes: Mapping[str, Tape], port: int) -> Config:
     )
 
 
-async def _run(daemon: Daemon, seconds: float) -> EdgeAsrError | None:
-    """Play all tapes to their end; return what the daemon complains of."""
-    async with daemon.running():
+async def _run(daemon: Daemon, seconds: float, clients: int) -> tuple[EdgeAsrError | None, Served]:
+    """Play all tapes to their end; return what the daemon complains of, and what the clients had."""
+    async with daemon.running(), asking(daemon.scheduler, clients) as served:
         with shown("replay", seconds) as tick:
             async with _ticking(tick):
                 try:
                     await daemon.finished()
                 except EdgeAsrError as error:  # what it was worth is told beside it
-                    return error
-    return None
+                    return error, served
+    return None, served
 
 
 @asynccontextmanager
