@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import logging
 import math
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -27,6 +28,9 @@ FLOOR_DBFS = -120.0
 """What digital silence is shown as."""
 BAR_FLOOR_DBFS = -60.0
 BAR_WIDTH = 40
+WIDE = 1000
+"""Columns that any table has room in."""
+CAPTURING = "capturing"
 METER_EVERY_S = 0.1
 FIELDS = ("name", "host_api", "channels", "rate", "stable_id", "paths", "is_default")
 
@@ -41,7 +45,7 @@ def show_list(microphones: Sequence[MicrophoneSourceConfig], json_lines: bool) -
             print(json.dumps({**fields, "sources": sources.get(device.index, [])}, ensure_ascii=False))
         return
     if devices:
-        Console(soft_wrap=True).print(_table(devices, sources))
+        _print_devices(devices, sources)
         print("\n*: the default. In the configuration, `device` is a name, a part of one, or a stable name.")
     else:
         print("no input device; plug one in")
@@ -62,6 +66,7 @@ def metered(
 
 def show_meter(microphone: MicrophoneSourceConfig, seconds: float | None, json_lines: bool) -> None:
     """Show how loud a device is, until Ctrl-C or for some seconds. Raises AudioError."""
+    logging.getLogger("edge_asr.audio").setLevel(logging.ERROR)  # the meter itself shows what there is to warn of
     source = MicrophoneSource(microphone.device, microphone.channel, microphone.rate, microphone.source_name)
     asyncio.run(_print_levels(source, seconds) if json_lines else _draw_levels(source, seconds))
 
@@ -78,6 +83,26 @@ def _sources_by_device(
         except AudioError as error:
             problems.append(str(error))
     return found, problems
+
+
+def _print_devices(devices: Sequence[InputDevice], sources: Mapping[int, Sequence[str]]) -> None:
+    """Print a table, whatever its width where nobody sees it, else as a list where it is too wide: names stay whole."""
+    table, terminal, wide = _table(devices, sources), Console(soft_wrap=True), Console(width=WIDE, soft_wrap=True)
+    if terminal.is_terminal and wide.measure(table).maximum > terminal.width:
+        for device in devices:
+            print("\n  ".join(_lines(device, sources.get(device.index, []))))
+    else:
+        wide.print(table)
+
+
+def _lines(device: InputDevice, sources: Sequence[str]) -> list[str]:
+    channels = f"{device.channels} channel{'' if device.channels == 1 else 's'}"
+    return [
+        f"{'* ' if device.is_default else ''}{device.name}",
+        f"{device.host_api}, {channels}, {device.rate} Hz",
+        *filter(None, (device.stable_id, *device.paths)),
+        *(f"source {source}" for source in sources),
+    ]
 
 
 def _table(devices: Sequence[InputDevice], sources: Mapping[int, Sequence[str]]) -> Table:
@@ -139,15 +164,20 @@ async def _draw_levels(source: MicrophoneSource, seconds: float | None) -> None:
     print(f"{source.name}; Ctrl-C ends")
     with Live(auto_refresh=False) as live:
         async for level in _levels(source, seconds):
-            live.update(_bar(level), refresh=True)
+            live.update(_shown(level, live.console.width), refresh=True)
+    if not live.console.is_terminal:
+        print()  # there only the last level is written, without an end of its line
 
 
-def _bar(level: Level) -> Text:
+def _shown(level: Level, width: int) -> Text:
+    """Return a bar with its numbers, if there is sound, and below what is to be said of the microphone, if anything."""
+    if level.state != CAPTURING:
+        return Text(level.why or level.state)
+    numbers = f" peak {level.peak_dbfs:6.1f}  rms {level.rms_dbfs:6.1f} dBFS"
+    bar_width = max(0, min(BAR_WIDTH, width - len(numbers)))
     filled, peak = (
-        round(BAR_WIDTH * max(0.0, 1 - dbfs / BAR_FLOOR_DBFS)) for dbfs in (level.rms_dbfs, level.peak_dbfs)
+        round(bar_width * max(0.0, 1 - dbfs / BAR_FLOOR_DBFS)) for dbfs in (level.rms_dbfs, level.peak_dbfs)
     )
     colour = "red" if level.peak_dbfs > -1 else "yellow" if level.peak_dbfs > -6 else "green"
     bar = "█" * filled + "▒" * (peak - filled)
-    told = level.why or ("" if level.state == "capturing" else level.state)
-    numbers = f" peak {level.peak_dbfs:6.1f}  rms {level.rms_dbfs:6.1f} dBFS  "
-    return Text.assemble((f"{bar:<{BAR_WIDTH}}", colour), numbers, told)
+    return Text.assemble((f"{bar:<{bar_width}}", colour), numbers, f"\n{level.why}" if level.why else "")

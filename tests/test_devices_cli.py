@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
+import re
 import signal
 import subprocess
 import sys
@@ -46,6 +49,46 @@ def test_devices_are_listed_with_what_the_configuration_wants() -> None:
         ["*", "USB", "Mic:", "Audio", "ALSA", "1", "44100", "Hz"],
         ["pulse", "ALSA", "32", "48000", "Hz"],
     ]
+
+
+def on_a_terminal(columns: int, *arguments: str) -> str:
+    """Return what a terminal of so many columns shows."""
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "COLUMNS": str(columns), "TERM": "xterm"}
+    command = [sys.executable, "-m", "edge_asr", "devices", *arguments]
+    with subprocess.Popen(command, env=environment, stdin=theirs, stdout=theirs, stderr=theirs) as process:
+        os.close(theirs)
+        output = b""
+        with contextlib.suppress(OSError):  # so a terminal ends
+            while data := os.read(ours, 4096):
+                output += data
+    os.close(ours)
+    assert process.returncode == 0
+    return output.decode().replace("\r\n", "\n")
+
+
+def test_names_stay_whole_however_narrow_a_terminal_is() -> None:
+    shown = on_a_terminal(40, "-o", "sources=[{kind: microphone, device: usb, name: hall}]")
+    assert shown.splitlines()[:5] == [
+        "* USB Mic: Audio", "  ALSA, 1 channel, 44100 Hz", "  source hall", "pulse", "  ALSA, 32 channels, 48000 Hz",
+    ]  # fmt: skip
+    assert [line.split() for line in on_a_terminal(100).splitlines()[1:3]] == [
+        ["*", "USB", "Mic:", "Audio", "ALSA", "1", "44100", "Hz"],
+        ["pulse", "ALSA", "32", "48000", "Hz"],
+    ]
+
+
+def test_names_stay_whole_in_a_pipe_that_claims_to_be_narrow(plug: Plug) -> None:
+    name = "A microphone with a very long name: " + 10 * "USB Audio "
+    plug({**USB, "name": f"{name}(hw:1,0)"})
+    assert name.strip() in devices()[1]
+
+
+def test_the_meter_fits_into_a_narrow_terminal() -> None:
+    shown = on_a_terminal(40, "usb", "--meter", "--seconds", "1.5")
+    bars = [line for line in re.split(r"[\r\n]|\x1b\[2K", re.sub(r"\x1b\[[0-9;?]*[mhl]", "", shown)) if "peak" in line]
+    assert "██████████  peak   -6.0  rms   -6.0 dBFS" in bars
+    assert max(map(len, bars)) <= 40
 
 
 def test_devices_are_listed_as_json() -> None:
@@ -107,11 +150,15 @@ def test_the_meter_ends_at_an_interrupt() -> None:
 
 
 def test_the_meter_of_a_device_that_is_not_there_says_so_and_waits() -> None:
-    code, output, _ = devices("Røde", "--meter", "--json", "--seconds", "1.5")
+    code, output, errors = devices("Røde", "--meter", "--json", "--seconds", "1.5")
     last = json.loads(output.splitlines()[-1])
-    assert code == 0
+    assert (code, errors) == (0, "")
     assert last["state"] == "waiting"
     assert last["why"].startswith("microphone Røde: not found; there is 'USB Mic: Audio', 'pulse'")
+    _, drawn, _ = devices("Røde", "--meter", "--seconds", "1.5")
+    assert drawn.startswith("microphone:Røde; Ctrl-C ends\nmicrophone Røde: not found")
+    assert drawn.endswith("\n")
+    assert "peak" not in drawn
 
 
 def test_without_sounddevice_there_is_one_line_with_the_remedy(tmp_path: Path) -> None:
