@@ -29,7 +29,7 @@ from edge_asr.recognizer.bundle import Bundle, read_bundle
 from edge_asr.recognizer.scheduler import Scheduler
 from edge_asr.sources import WatchedSource, is_live
 from edge_asr.speech.segmenter import ENDPOINTS, Rules, Segmenter
-from edge_asr.speech.vad import SileroDetector
+from edge_asr.speech.vad import SileroDetector, SteadyDetector
 from edge_asr.speech.wake_phrase import WakePhrase
 from edge_asr.transcribe import transcribe
 from edge_asr.types import CHUNK_S, CHUNK_SAMPLES, SAMPLE_RATE, Transcript
@@ -212,7 +212,7 @@ class Daemon:
         sinks: list[TranscriptSink] = [] if self._publisher is None else [self._publisher]
         return Listener(
             source.audio,
-            SileroDetector(),
+            SteadyDetector(SileroDetector(), self._config.segment.threshold),
             Segmenter(segment_rules(self._config.segment)),
             self._keeper.scheduler,
             sinks,

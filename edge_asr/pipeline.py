@@ -288,7 +288,8 @@ class Listener:
         """Let the text before the pause decide how long the pause may last. A failed decode leaves it to the preset."""
         recognition = _result(decode)
         if self._content_endpoint is not None and recognition is not None:
-            self._segmenter.endpoint_after(self._content_endpoint.chunks(recognition.text))
+            least = min((token.confidence for token in recognition.tokens), default=0.0)
+            self._segmenter.endpoint_after(self._content_endpoint.chunks(recognition.text, least))
 
     def _decode_what_grows(self) -> None:
         """Decode what has been said so far, now and then, if nobody has to wait for that."""

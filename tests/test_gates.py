@@ -17,7 +17,7 @@ from edge_asr.config import GatesConfig
 from edge_asr.pipeline import Listener, Pace
 from edge_asr.recognizer.scheduler import Scheduler
 from edge_asr.speech.segmenter import Rules, Segmenter
-from edge_asr.speech.vad import SileroDetector
+from edge_asr.speech.vad import SileroDetector, SteadyDetector
 from edge_asr.types import (
     SAMPLE_RATE,
     Chunk,
@@ -77,7 +77,15 @@ async def published(samples: Samples, gates: Gates, live: bool = False) -> list[
     labels = Labels("test", "played", BUNDLE.name)
     source, segmenter = Played(samples), Segmenter(Rules())
     await Listener(
-        source, SileroDetector(), segmenter, scheduler, [sink], labels, gates, Pace(live), LatencyBudget(300)
+        source,
+        SteadyDetector(SileroDetector()),
+        segmenter,
+        scheduler,
+        [sink],
+        labels,
+        gates,
+        Pace(live),
+        LatencyBudget(300),
     ).run()
     await scheduler.close()
     return sink.transcripts
