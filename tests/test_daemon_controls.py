@@ -393,3 +393,32 @@ def test_mute_closes_the_microphone_and_the_preset_holds_when_it_is_open_again(
         assert without(subscriber.messages, SENTENCES[1])
         assert SENTENCES[1] not in daemon.log
         assert "degraded" not in states(subscriber)
+
+
+@pytest.mark.slow
+def test_a_microphone_that_is_missed_may_be_muted_and_is_not_missed_then(
+    broker: Mosquitto, start: Start, apart: list[str], pulse_server: PulseServer
+) -> None:
+    pulse_server.remove_sink()
+    with Subscriber(broker.port) as subscriber:
+        daemon = start(broker.port, *apart, "--source", f"microphone:{MICROPHONE}")
+        subscriber.wait_for(shows(state="degraded"), "it is missed")
+        assert command(broker, subscriber, "mute", "on") == {"ok": True, "mute": True}
+        subscriber.wait_for(lambda s: shows(state="ready", mute=True)(s) and health_of(s) == ["muted"], "it is muted")
+        pulse_server.add_sink()
+        assert pulse_server.recordings() == 0
+        assert command(broker, subscriber, "mute", "off") == {"ok": True, "mute": False}
+        subscriber.wait_for(lambda s: shows(state="ready")(s) and health_of(s) == ["listening"], "it is heard")
+        pulse_server.suspend()
+        try:
+            subscriber.wait_for(lambda s: health_of(s) == ["stalled"], "the stall is told")
+            assert command(broker, subscriber, "mute", "on") == {"ok": True, "mute": True}
+            subscriber.wait_for(
+                lambda s: shows(state="ready")(s) and health_of(s) == ["muted"], "muted, though the server hangs"
+            )
+        finally:
+            pulse_server.resume()
+        assert command(broker, subscriber, "mute", "off") == {"ok": True, "mute": False}
+        subscriber.wait_for(lambda s: shows(state="ready")(s) and health_of(s) == ["listening"], "it is heard again")
+        wait_for(lambda: pulse_server.recordings() == 1, "one recording, and none left behind")
+        assert daemon.stop() == 0
