@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import ctypes
+import dataclasses
 import gc
 import json
 import logging
@@ -20,6 +21,7 @@ import statistics
 import tempfile
 import threading
 import time
+from bisect import bisect_right
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -28,7 +30,7 @@ from pathlib import Path
 import numpy as np
 from prometheus_client import Counter
 
-from bench.overload_report import figures
+from bench.overload_report import METERED, figures
 from edge_asr import metrics
 from edge_asr.answers import Gates, Labels
 from edge_asr.budget import LatencyBudget, LateWatch
@@ -39,7 +41,18 @@ from edge_asr.pipeline import Listener, Pace
 from edge_asr.recognizer.bundle import read_bundle
 from edge_asr.recognizer.scheduler import Recognizer, Scheduler
 from edge_asr.speech.segmenter import POST_ROLL, Rules, Segmenter
-from edge_asr.types import CHUNK_S, CHUNK_SAMPLES, SAMPLE_RATE, Chunk, Partial, Recognition, Samples, Token, Transcript
+from edge_asr.types import (
+    CHUNK_S,
+    CHUNK_SAMPLES,
+    SAMPLE_RATE,
+    Chunk,
+    Marks,
+    Partial,
+    Recognition,
+    Samples,
+    Token,
+    Transcript,
+)
 
 RULES = Rules()
 AROUND = RULES.pre_roll + POST_ROLL
@@ -55,6 +68,7 @@ SCALE = 2.0**-20
 PARTIAL_INTERVAL_MS = 300
 ONE_THREAD = EngineConfig(target="onnx-int8", threads=1)
 SAMPLED_S = 0.25
+POLL_S = 0.002
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -101,6 +115,8 @@ class Setting:
     speed: float = 1.0
     """So much faster than time everything goes, but for the budget."""
     seed: int = 0
+    together: bool = False
+    """The recogniser is held back where the voices are, so that a busy machine makes all slower and no load less."""
 
     def starts_at(self, phase: int) -> float:
         """Return the second of the run at which a phase starts, or the last one ends."""
@@ -181,11 +197,44 @@ def _sentence(number: int, chance: random.Random) -> Sentence:
     return Sentence(number, 0, chance.randint(*LENGTHS), chance.randint(*PAUSES) if chance.random() < 0.5 else 0)
 
 
+class Beat:
+    """How far the voices are, and when they were there."""
+
+    def __init__(self, chunk_s: float) -> None:
+        """`chunk_s`: seconds that a chunk takes here."""
+        self._chunk_s = chunk_s
+        self._reached: list[float] = []
+        self._voices = 0
+
+    def enter(self) -> None:
+        """A voice begins."""
+        self._voices += 1
+
+    def leave(self) -> None:
+        """A voice has come to its end."""
+        self._voices -= 1
+
+    def reach(self, chunk: int) -> None:
+        """A voice is at that chunk."""
+        if chunk == len(self._reached):
+            self._reached.append(time.monotonic())
+
+    @property
+    def seconds(self) -> float:
+        """How long the voices have spoken; for ever once they have ended."""
+        return len(self._reached) * self._chunk_s if self._voices else math.inf
+
+    def at(self, moment: float) -> float:
+        """Return where the voices were at a moment, in seconds as if they had kept pace."""
+        return bisect_right(self._reached, moment) * self._chunk_s
+
+
 class Voice:
     """A source that speaks its sentences at the pace of time."""
 
-    def __init__(self, name: str, sentences: Sequence[Sentence], setting: Setting, began_at: float) -> None:
+    def __init__(self, name: str, sentences: Sequence[Sentence], setting: Setting, began_at: float, beat: Beat) -> None:
         self.name = name
+        self._beat = beat
         self._sentences = sentences
         said = max((sentence.start + sentence.length for sentence in sentences), default=0)
         self._chunks = max(said + RULES.endpoint + 1, round(sum(phase.seconds for phase in setting.phases) / CHUNK_S))
@@ -195,6 +244,7 @@ class Voice:
 
     async def chunks(self) -> AsyncIterator[Chunk]:
         """Yield what is said, then silence in which the last sentence ends."""
+        self._beat.enter()
         coming = iter(self._sentences)
         current = next(coming, None)
         for k in range(self._chunks):
@@ -202,10 +252,12 @@ class Voice:
                 current = next(coming, None)
             captured_at = self._began_at + k * self._chunk_s
             await asyncio.sleep(max(0.0, captured_at + self._chunk_s - time.monotonic()))
+            self._beat.reach(k)
             sounds = current is not None and current.sounds_at(k)
             samples = self._noise * np.float32(0.1 if sounds else 1e-4)
             samples[0] = current.number * SCALE if sounds and current is not None else 0.0
             yield Chunk(samples, k * CHUNK_SAMPLES, captured_at)
+        self._beat.leave()
 
     def close(self) -> None:
         """Nothing is to be released."""
@@ -225,26 +277,37 @@ class ByNumber:
 class Metered:
     """A recogniser that takes exactly so long for a second of sound, and answers with the number of the sentence."""
 
-    def __init__(self, cost: float) -> None:
-        """`cost`: seconds for each second of sound."""
+    def __init__(self, cost: float, beat: Beat | None = None) -> None:
+        """`cost`: seconds for each second of sound, at least, of the clock's and of the voices' time."""
         self._cost = cost
+        self._beat = beat
         self._interrupted = threading.Event()
-        self._owed_s = 0.0
+        self._owed_s = self._ahead_s = 0.0  # what the last run took too long, by the clock and by the voices
         self.runs: list[tuple[float, float]] = []
         """Of each run the moment of its end (monotonic seconds), and the seconds that it took."""
 
     def recognize(self, samples: Samples) -> Recognition:
         """Recognise `[n]` samples, from the first of a chunk on. Raises InterruptedRunError."""
-        began_at = time.monotonic()
-        due_at = began_at + max(0.0, len(samples) / SAMPLE_RATE * self._cost - self._owed_s)
-        interrupted = self._interrupted.wait(max(0.0, due_at - time.monotonic()))
+        began_at, cost_s = time.monotonic(), len(samples) / SAMPLE_RATE * self._cost
+        beat_due = (0.0 if self._beat is None else self._beat.seconds) + max(0.0, cost_s - self._ahead_s)
+        due_at = began_at + max(0.0, cost_s - self._owed_s)
+        interrupted = self._interrupted.wait(max(0.0, due_at - time.monotonic())) or self._hold_back(beat_due)
         ended_at = time.monotonic()
         self._owed_s = max(0.0, ended_at - due_at)  # a sleep takes longer than it should, and more so on a busy machine
         self.runs.append((ended_at, ended_at - began_at))
         if interrupted:
             raise InterruptedRunError("it gives way")
         text = str(round(float(samples[::CHUNK_SAMPLES].max()) / SCALE))
-        return Recognition(text, (Token(text, None, None, 1.0),), 1.0, engine="metered")
+        return Recognition(text, (Token(text, None, None, 1.0),), 1.0, engine=METERED)
+
+    def _hold_back(self, due: float) -> bool:
+        """Wait for the voices to be where they would be by now; True: it was interrupted."""
+        while self._beat is not None and 0 < self._beat.seconds < due:
+            if self._interrupted.wait(POLL_S):
+                return True
+        spoken = 0.0 if self._beat is None else self._beat.seconds
+        self._ahead_s = spoken - due if due < spoken < math.inf else 0.0
+        return False
 
     def interrupt(self) -> None:
         """End what runs."""
@@ -261,8 +324,9 @@ class Metered:
 class Inbox:
     """A sink that settles transcripts and watches over late ones, as the daemon does."""
 
-    def __init__(self, observed: Observed) -> None:
+    def __init__(self, observed: Observed, beat: Beat) -> None:
         self._observed = observed
+        self._beat = beat
         self._budget = LatencyBudget(observed.setting.response_ms)
         self._watch = LateWatch(0.1)
         self._done: set[str] = set()
@@ -270,11 +334,20 @@ class Inbox:
     def offer(self, transcript: Transcript) -> None:
         """Take a transcript."""
         now = time.monotonic()
-        settled = self._budget.settle(transcript, now)
+        settled = self._settle(transcript, now)
         if not settled.lost:
             self._watch.add(settled.latency_ms, settled.within_budget is False)
         self._done.add(settled.id)
         self._observed.arrivals.append(Arrival(now, settled, self._watch.why))
+
+    def _settle(self, transcript: Transcript, now: float) -> Transcript:
+        marks, at = transcript.marks, self._beat.at
+        if not self._observed.setting.together or marks is None:
+            return self._budget.settle(transcript, now)
+        # By the time of the voices: a busy machine makes nothing late.
+        spoken = Marks(at(marks.speech_ended_at), at(marks.segment_ended_at))
+        settled = self._budget.settle(dataclasses.replace(transcript, marks=spoken), at(now))
+        return dataclasses.replace(settled, marks=marks)
 
     def offer_partial(self, partial: Partial) -> None:
         """Count a partial."""
@@ -288,14 +361,15 @@ async def observe(setting: Setting, model: Recognizer | None = None) -> Observed
     `model`: a recogniser that takes about `cost`; None: one that takes exactly that.
     """
     observed = Observed(setting, plan(setting))
-    recognizer = model or Metered(setting.cost / setting.speed)
+    beat = Beat(CHUNK_S / setting.speed)
+    recognizer = model or Metered(setting.cost / setting.speed, beat if setting.together else None)
     async with recognising(recognizer) as scheduler:
         before, segments, gated = _enforced(), _value(metrics.SEGMENTS), _value(metrics.GATED.labels("empty"))
         gc.collect()
         observed.samples.append(_sample(scheduler))
         observed.began_at = time.monotonic()
-        inbox = Inbox(observed)
-        listeners = [_listener(k, observed, scheduler, inbox) for k in range(setting.streams)]
+        inbox = Inbox(observed, beat)
+        listeners = [_listener(k, observed, scheduler, inbox, beat) for k in range(setting.streams)]
         sampling = asyncio.create_task(_keep_sampling(scheduler, observed))
         try:
             await asyncio.gather(*(listener.run() for listener in listeners))
@@ -323,10 +397,10 @@ async def recognising(recognizer: Recognizer) -> AsyncIterator[Scheduler]:
         await scheduler.close()
 
 
-def _listener(stream: int, observed: Observed, scheduler: Scheduler, inbox: Inbox) -> Listener:
+def _listener(stream: int, observed: Observed, scheduler: Scheduler, inbox: Inbox, beat: Beat) -> Listener:
     setting, name = observed.setting, f"voice {stream}"
     return Listener(
-        Voice(name, observed.plan[stream], setting, observed.began_at),
+        Voice(name, observed.plan[stream], setting, observed.began_at, beat),
         ByNumber(),
         Segmenter(RULES),
         scheduler,

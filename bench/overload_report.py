@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 OVERLOAD = 1
 """The phase that is one."""
 ENDPOINT = Rules().endpoint
+METERED = "metered"
+"""The engine whose text is the number of the sentence."""
 
 
 def figures(observed: Observed) -> dict[str, Any]:
@@ -100,8 +102,9 @@ def _covers(arrival: Arrival, sentence: Sentence) -> bool:
 
 
 def _is_wrong(observed: Observed, arrival: Arrival) -> bool:
-    place = _sentence_of(observed, arrival)
-    return not arrival.transcript.lost and (place is None or arrival.transcript.text != str(place[1]))
+    place, transcript = _sentence_of(observed, arrival), arrival.transcript
+    tells = transcript.engine == METERED  # what a model makes of noise tells nothing
+    return not transcript.lost and (place is None or (tells and transcript.text != str(place[1])))
 
 
 def _unflagged(observed: Observed, arrival: Arrival) -> bool:
@@ -115,7 +118,9 @@ def _unflagged(observed: Observed, arrival: Arrival) -> bool:
 
 
 def _work(observed: Observed) -> dict[str, float]:
-    """Return how much of the overload the recogniser worked, and how much it worked for what was published."""
+    """Return how much of the overload the recogniser worked, and how much for what was published; not of a model."""
+    if not observed.runs:
+        return {}
     setting = observed.setting
     start, end = (observed.began_at + setting.starts_at(phase) for phase in (OVERLOAD, OVERLOAD + 1))
     busy_s = sum(seconds for ended_at, seconds in observed.runs if start <= ended_at < end)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
+import threading
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,6 +23,7 @@ from bench.overload import (
     RULES,
     SCALE,
     Arrival,
+    Beat,
     Metered,
     Observed,
     Phase,
@@ -164,6 +168,31 @@ def test_what_is_wrong_is_found(arrivals: list[Arrival], wrong: dict[str, int]) 
 
 def test_what_nothing_was_recognised_in_is_not_silent() -> None:
     assert figures(observed(*WELL[:2], gated=1))["silent"] == 0
+
+
+def test_of_a_model_neither_text_nor_work_is_known() -> None:
+    seen = observed(*WELL[:2], changed(SENTENCES[2], text="?", engine="onnx-int8"))
+    found = figures(dataclasses.replace(seen, runs=[]))
+    assert found["wrong_text"] == 0
+    assert "busy_share" not in found
+
+
+def test_a_recogniser_is_held_back_where_the_voices_are() -> None:
+    beat = Beat(0.1)
+    beat.enter()
+    beat.reach(0)
+    recognizer, samples = Metered(10.0, beat), np.zeros(CHUNK_SAMPLES, np.float32)
+    run = threading.Thread(target=recognizer.recognize, args=(samples,), daemon=True)  # 320 ms: four chunks
+    run.start()
+    run.join(0.5)
+    assert run.is_alive()
+    for chunk in range(1, 5):
+        beat.reach(chunk)
+    run.join(20)
+    assert not run.is_alive()
+    assert (beat.seconds, beat.at(0.0), beat.at(time.monotonic())) == pytest.approx((0.5, 0.0, 0.5))
+    beat.leave()
+    assert beat.seconds == math.inf
 
 
 def test_sentences_that_wait_at_the_same_time_are_added_up() -> None:

@@ -29,12 +29,12 @@ from edge_asr.recognizer.scheduler import Priority, Scheduler
 from edge_asr.speech.segmenter import Segmenter
 from edge_asr.types import CHUNK_SAMPLES, SAMPLE_RATE, Marks, Recognition, Samples, Segment, Token, new_segment_id
 
-PATIENCE_S = 60
+PATIENCE_S = 300
 
 PHASES = (Phase(0.4, 6), Phase(3, 16), Phase(0, 50), Phase(0.3, 30))
-"""It is quiet after the overload for longer than what waits then takes, however busy the machine is besides."""
-ROOMY = Setting(PHASES, streams=11, cost=0.4, max_backlog_s=120, response_ms=300, speed=20)
-NARROW = Setting(PHASES, streams=11, cost=0.4, max_backlog_s=6, response_ms=300, speed=20)
+"""It is quiet after the overload for longer than what waits then takes."""
+ROOMY = Setting(PHASES, streams=11, cost=0.4, max_backlog_s=120, response_ms=300, speed=20, together=True)
+NARROW = Setting(PHASES, streams=11, cost=0.4, max_backlog_s=6, response_ms=300, speed=20, together=True)
 
 
 @pytest.fixture(scope="module")
