@@ -54,7 +54,7 @@ PRE_ROLL_S = 0.29
 MARGIN_S = 0.1
 """Of a sentence that a segment holds less than this of, it holds nothing."""
 PATIENCE_S = 30.0
-SYNTHETIC, PEOPLE = "synthesised", "people"
+ALL, SYNTHETIC, PEOPLE = "all", "synthesised", "people"
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,8 +239,8 @@ def judge(
         "late": sum(said["within_budget"] is False for said in transcripts),
         "differing": differing,
     }
-    for kind in (SYNTHETIC, PEOPLE):
-        chosen = [k for k, one in enumerate(spoken) if one.kind == kind]
+    for kind in (ALL, SYNTHETIC, PEOPLE):
+        chosen = [k for k, one in enumerate(spoken) if kind in (ALL, one.kind)]
         if chosen:
             texts = [spoken[k].text for k in chosen]
             figures[kind] = {
