@@ -17,7 +17,6 @@ import numpy as np
 import soxr
 
 from edge_asr.audio.decode import read
-from edge_asr.speech.energy import end_of_sound
 from edge_asr.types import SAMPLE_RATE, Samples
 
 RECIPE = Path(__file__).resolve().parent.parent / "engines" / "recipe"
@@ -31,6 +30,9 @@ FRAME = 80
 """5 ms."""
 BELOW_PEAK_DB = 35.0
 """Where sound ends that nothing else is heard with, as in `end_of_sound`: with most voices digital silence follows."""
+
+RECORDED_BELOW_PEAK_DB = 25.0
+"""Where recordings are cut off: above the noise of their rooms, so that what is left ends with speech."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,11 +112,11 @@ def _spoken(
     return [Part(text, piece) for text, piece in zip(said, pieces, strict=True)]
 
 
-def _pieces(sound: Samples, silence: int) -> list[Samples]:
+def _pieces(sound: Samples, silence: int, below_peak_db: float = BELOW_PEAK_DB) -> list[Samples]:
     """Cut out what lies between silences of at least so many samples."""
     frames = sound[: len(sound) // FRAME * FRAME].reshape(-1, FRAME)
     decibels = 10 * np.log10(np.square(frames).mean(1) + 1e-12)
-    loud = np.flatnonzero(decibels > decibels.max() - BELOW_PEAK_DB)
+    loud = np.flatnonzero(decibels > decibels.max() - below_peak_db)
     gaps = np.flatnonzero(np.diff(loud) * FRAME > silence)
     starts, ends = [loud[0], *loud[gaps + 1]], [*loud[gaps], loud[-1]]
     return [np.asarray(sound[a * FRAME : (b + 1) * FRAME], np.float32) for a, b in zip(starts, ends, strict=True)]
@@ -125,7 +127,7 @@ def recorded(files: dict[Path, str], noise_db: float = 40.0, seed: int = 0) -> I
     rng = random.Random(seed)
     for path, text in files.items():
         heard = read(path)
-        heard = heard[len(heard) - end_of_sound(heard[::-1]) : end_of_sound(heard)]
+        heard = np.concatenate(_pieces(heard, len(heard), RECORDED_BELOW_PEAK_DB))
         yield tape(_cut_open(heard, rng), text, "recording", path.stem, rng, noise_db)
 
 

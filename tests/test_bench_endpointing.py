@@ -81,10 +81,29 @@ def test_latency_counts_from_the_end_of_the_sentence(text: str, chunks: int) -> 
     assert (heard.at_pause, heard.text, heard.elsewhere) == (True, text, 0)
 
 
+class Slow(Listening):
+    """Every decode takes 200 ms."""
+
+    def decode(self, start: int, end: int) -> tuple[Recognition, float]:
+        return super().decode(start, end)[0], 200.0
+
+
+def test_a_slow_decode_is_waited_for_and_its_text_counts_once_it_is_there() -> None:
+    slow = Slow(spoken(10), Loud(), Reader(["打开灯"]))
+    hidden = slow.hear(Rules(endpoint=12), None)
+    assert (hidden.endpoint_ms, hidden.total_ms) == (12 * 32, 12 * 32 + PUBLISH_MS)
+    waited = slow.hear(Rules(endpoint=5), None)
+    assert (waited.endpoint_ms, waited.total_ms) == (5 * 32, 3 * 32 + 200 + PUBLISH_MS)
+    # Decoded from chunk 3 on, for 6.25 chunks: chunk 10 is the first that is judged by it.
+    assert slow.hear(Rules(endpoint=12), ContentEndpoint(12)).endpoint_ms == 10 * 32
+
+
 def test_a_sentence_that_falls_apart_elsewhere_is_told() -> None:
     made = spoken(10, 14, 10)
     without = Tape(made.text, made.kind, made.voice, made.samples, made.end, ())
-    assert hear(without, 12, ["好的", "好的"]).elsewhere == 1
+    heard = hear(without, 12, ["好的", "好的"])
+    assert heard.elsewhere == 1
+    assert figures([heard]).sentences_cut == 1.0
 
 
 def test_an_end_that_nobody_heard_is_lost() -> None:

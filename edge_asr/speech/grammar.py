@@ -15,16 +15,18 @@ class Shape(enum.Enum):
 
     WHOLE = "whole"
     GROWING = "growing"
-    """Whole, but its last number may grow, or an object may follow."""
+    """Whole, but its last number may grow, an object may follow, or it is easily misheard."""
     BEGUN = "begun"
     """Something that a command must have is missing."""
 
 
 WORDS = {
     # wants an object, before or behind it
-    "V": "打开 关闭 关掉 关上 开启 启动 重启 拉开 拉上 升起 放下 锁上 解锁 报告 汇报 查询 查看 检查 调高 调低 "
+    "V": "打开 关闭 关掉 关上 开启 启动 重启 拉开 拉上 升起 放下 锁上 解锁 报告 汇报 查询 查看 检查 调低 "
     "调大 调小 调亮 调暗 升高 降低 提高 加大 减小 turn_on turn_off switch_on switch_off open close start "
     "restart lock unlock increase decrease raise lower dim mute report check",
+    # the same; behind its object it is one consonant away from 调到
+    "I": "调高",
     # may stand alone, though an object often follows
     "W": "停止 急停 紧急停止 播放 stop emergency_stop play",
     # needs nothing else
@@ -94,12 +96,12 @@ _TARGET = rf"A*(?:B?{_THING}|T{_THING})?"
 _SHAPES = (
     (
         Shape.WHOLE,
-        rf"A*(?:[VWK]{_THING}|B?{_THING}[VW]|G{_THING}R|WW|K)|{_TARGET}[ST]{_VALUE}|A*T{_NUMBER}HX*[DO]+|.*E",
+        rf"A*(?:[VIWK]{_THING}|B?{_THING}[VW]|G{_THING}R|WW|K)|{_TARGET}[ST]{_VALUE}|A*T{_NUMBER}HX*[DO]+|.*E",
     ),
-    (Shape.GROWING, rf"{_TARGET}[ST]Cn|A*W"),
+    (Shape.GROWING, rf"{_TARGET}[ST]Cn|A*B?{_THING}I|A*W"),
     (
         Shape.BEGUN,
-        rf"A*[VG]{_WHERE}|A*[WK](?:[PX]|{_NUMBER}N)+|A*B{_WHERE}(?:{_THING})?|A*[PX]*[PD]|A*[GT]{_WHERE}[DO]+"
+        rf"A*[VIG]{_WHERE}|A*[WK](?:[PX]|{_NUMBER}N)+|A*B{_WHERE}(?:{_THING})?|A*[PX]*[PD]|A*[GT]{_WHERE}[DO]+"
         rf"|{_TARGET}[ST]|[^?]*[PN]|Z",
     ),
 )
