@@ -128,7 +128,14 @@ def observed(*arrivals: Arrival, gated: int = 0) -> Observed:
     samples = [Sample(0.0, 50_000_000, 0.0), Sample(1.0, 90_000_000, 700.4), Sample(2.0, 60_000_000, 10.0)]
     said = [SENTENCES, [], [], []]
     return Observed(
-        SETTING, said, 0.0, list(arrivals), samples, segments=3, gated=gated, runs=[(11.0, 1.5), (20.0, 3.0)]
+        SETTING,
+        said,
+        0.0,
+        list(arrivals),
+        samples,
+        segments=3,
+        gated=gated,
+        runs=[(9.0, 8.0), (11.0, 1.5), (20.0, 3.0)],
     )
 
 
@@ -156,9 +163,21 @@ def test_nothing_is_wrong_where_all_is_well() -> None:
         ([*WELL[:2], changed(SENTENCES[2], 3.0, within_budget=True)], {"late_without_flag": 1}),
         ([*WELL[:2], changed(SENTENCES[2], text="2")], {"wrong_text": 1}),
         ([*WELL[:2], changed(SENTENCES[2], duration_s=0.5)], {"silent": 1, "doubled": 1, "wrong_text": 1}),
+        ([*WELL[:2], changed(SENTENCES[2], offset_s=505 * CHUNK_S)], {"silent": 1, "doubled": 1, "wrong_text": 1}),
         ([*WELL[:2], changed(SENTENCES[2], offset_s=20.0)], {"silent": 1, "doubled": 1, "wrong_text": 1}),
     ],
-    ids=["silent", "order", "doubled", "lost", "late", "late without a word", "text", "cut off", "of nothing"],
+    ids=[
+        "silent",
+        "order",
+        "doubled",
+        "lost",
+        "late",
+        "late without a word",
+        "text",
+        "cut off",
+        "begun late",
+        "of nothing",
+    ],
 )
 def test_what_is_wrong_is_found(arrivals: list[Arrival], wrong: dict[str, int]) -> None:
     well, found = figures(observed(*WELL)), figures(observed(*arrivals))
@@ -184,10 +203,11 @@ def test_a_recogniser_is_held_back_where_the_voices_are() -> None:
     recognizer, samples = Metered(10.0, beat), np.zeros(CHUNK_SAMPLES, np.float32)
     run = threading.Thread(target=recognizer.recognize, args=(samples,), daemon=True)  # 320 ms: four chunks
     run.start()
+    for chunk in range(1, 4):
+        beat.reach(chunk)
     run.join(0.5)
     assert run.is_alive()
-    for chunk in range(1, 5):
-        beat.reach(chunk)
+    beat.reach(4)
     run.join(20)
     assert not run.is_alive()
     assert (beat.seconds, beat.at(0.0), beat.at(time.monotonic())) == pytest.approx((0.5, 0.0, 0.5))
