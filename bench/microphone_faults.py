@@ -111,7 +111,8 @@ def _seconds_to_recovery(told: Subscriber, name: str) -> float:
 
 
 @contextlib.contextmanager
-def _daemon(port: int, work: Path) -> Iterator[None]:
+def running_daemon(port: int, work: Path) -> Iterator[None]:
+    """Run a daemon on the virtual microphone until the end of the block."""
     options = [f"mqtt.port={port}", "device_id=bench", f"state_dir={work / 'state'}"]
     command = [sys.executable, "-m", "edge_asr", "run", "--source", SOURCE]
     with subprocess.Popen([*command, *(part for option in options for part in ("-o", option))]) as process:
@@ -135,7 +136,7 @@ def main() -> None:
         stack.callback(broker.kill)
         server.start(**{MICROPHONE: (SAMPLE_RATE, 1)})
         broker.start()
-        stack.enter_context(_daemon(broker.port, Path(folder)))
+        stack.enter_context(running_daemon(broker.port, Path(folder)))
         for name, took in measure(server, broker.port, times):
             seconds = {"median": statistics.median(took), "worst": max(took)}
             print(
