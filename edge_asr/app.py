@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import signal
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -104,6 +105,7 @@ class Daemon:
         self._late_watch = LateWatch(config.budget.late_share)
         self._attention = choose_attention(config.listen)
         self._controls = Controls(config.segment, self._attention, config.state_dir, self._publish_state)
+        self._describing = threading.Lock()
         self._publisher = (
             MqttPublisher(config.mqtt, config.device_id, finish=self._settle, command=self._command)
             if config.mqtt.enabled
@@ -220,7 +222,7 @@ class Daemon:
             choose_gates(self._config.gates, self._bundle),
             pace,
             self._budget,
-            self._attention,
+            self._attention.ear(),
         )
 
     async def _listen(self, listener: Listener, source: WatchedSource) -> None:
@@ -314,10 +316,7 @@ class Daemon:
     def _command(self, name: str, arguments: Mapping[str, Any]) -> Future[Mapping[str, Any]]:
         """Carry a command of the publisher's thread out on the loop's."""
         assert self._loop is not None  # the publisher is started by `running`
-        return asyncio.run_coroutine_threadsafe(self._obey(name, arguments), self._loop)
-
-    async def _obey(self, name: str, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
-        return self._controls.obey(name, arguments)
+        return asyncio.run_coroutine_threadsafe(self._controls.obey(name, arguments), self._loop)
 
     async def _report(self) -> None:
         """Publish the state now and then: its counters move without anybody saying so."""
@@ -328,10 +327,14 @@ class Daemon:
             self._publish_state()
 
     def _publish_state(self) -> None:
-        if self._publisher is None:
-            return
+        """Publish how things are now; from any thread, and the one that looked last publishes last."""
+        if self._publisher is not None:
+            with self._describing:
+                self._publisher.set_state(self._describe())
+
+    def _describe(self) -> dict[str, Any]:
         state, why = self._condition()
-        described: dict[str, Any] = {
+        return {
             "state": state,
             "why": why,
             "engine": self._keeper.engine,
@@ -349,7 +352,6 @@ class Daemon:
             "outbox": None,
             "version": __version__,
         }
-        self._publisher.set_state(described)
 
     def _condition(self) -> tuple[str, str]:
         """Return the state and why it is so: an engine that is not the wanted one answers all the same."""

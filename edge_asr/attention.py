@@ -46,18 +46,24 @@ class Attention:
         self._clock = clock
         self._times: deque[tuple[float, float]] = deque(maxlen=REMEMBERED)
         """From when to when (exclusive) what began is heard, whoever says it."""
+        self._ears: list[Attention] = []
+
+    def ear(self) -> Attention:
+        """Return the attention of one source: it does what this one is asked to, but its wake phrases are its own."""
+        self._ears.append(Attention(self.mode, self._wake_phrase, self._seconds, self._clock))
+        return self._ears[-1]
 
     def listen(self, seconds: float | None = None) -> float:
         """Listen to everybody for so many seconds, the configured ones if None; return how many."""
         wanted = self._seconds if seconds is None else seconds
-        self._listen_from(self._clock() - HEAD_START_S, wanted)
+        for one in (self, *self._ears):
+            one._listen_from(self._clock() - HEAD_START_S, wanted)
         return wanted
 
     def ignore(self) -> None:
         """End that: what begins from now on is nobody's."""
-        if self._times:
-            since, until = self._times[-1]
-            self._times[-1] = since, min(until, self._clock())
+        for one in (self, *self._ears):
+            one._end()
 
     def hears(self, started_at: float) -> bool:
         """Tell whether a segment that began at `started_at` (monotonic seconds) is worth recognising."""
@@ -84,8 +90,13 @@ class Attention:
         return said if said is not None and said.tokens else None
 
     def _listen_from(self, since: float, seconds: float) -> None:
-        self.ignore()
+        self._end()
         self._times.append((since, self._clock() + seconds))
+
+    def _end(self) -> None:
+        if self._times:
+            since, until = self._times[-1]
+            self._times[-1] = since, min(until, self._clock())
 
     def _listened(self, started_at: float) -> bool:
         return any(since <= started_at < until for since, until in self._times)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
@@ -46,6 +47,8 @@ class Controls:
         self._file = state_dir / FILE
         self._changed = changed
         self._heard: list[tuple[Listener, WatchedSource]] = []
+        self._writing = asyncio.Lock()
+        self._unkept = False
         chosen = _read(self._file)
         self.muted = chosen.get("mute") is True
         preset = chosen.get("preset")
@@ -64,8 +67,27 @@ class Controls:
         if self.muted:
             self._mute(listener, source)
 
-    def obey(self, name: str, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Carry out a command (`mute`, `preset`, `listen`) and return how things are then. Raises EdgeAsrError."""
+    async def obey(self, name: str, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Carry out a command (`mute`, `preset`, `listen`); return how things are, once that is kept.
+
+        Raises EdgeAsrError.
+        """
+        result = self._do(name, arguments)
+        await self.keep()
+        return result
+
+    async def keep(self) -> None:
+        """Write what has changed, on a thread: a memory card may take its time, and nobody speaking is to wait."""
+        async with self._writing:
+            if not self._unkept:
+                return
+            self._unkept = False
+            try:
+                await asyncio.to_thread(_write, self._file, {"mute": self.muted, "preset": self.preset})
+            except OSError as error:  # it holds all the same, until the next start
+                log.warning("cannot keep mute and preset for the next start: %s", error)
+
+    def _do(self, name: str, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
         match name:
             case "mute":
                 return self.mute(arguments["mute"])
@@ -82,7 +104,7 @@ class Controls:
             self._attention.ignore()
             for listener, source in self._heard:
                 self._mute(listener, source)
-            self._keep()
+            self._tell()
         return {"mute": muted}
 
     def use(self, preset: str) -> Mapping[str, Any]:
@@ -93,7 +115,7 @@ class Controls:
             self.preset = preset
             for listener, _ in self._heard:
                 listener.use(ENDPOINTS[preset], content_endpoint(self._config, preset))
-            self._keep()
+            self._tell()
         return {"preset": preset}
 
     def listen(self, seconds: float | None) -> Mapping[str, Any]:
@@ -110,13 +132,10 @@ class Controls:
         listener.mute(self.muted)
         source.mute(self.muted)
 
-    def _keep(self) -> None:
+    def _tell(self) -> None:
         log.info("%s", self)
+        self._unkept = True
         self._changed()
-        try:
-            _write(self._file, {"mute": self.muted, "preset": self.preset})
-        except OSError as error:  # it holds all the same, until the next start
-            log.warning("cannot keep mute and preset for the next start: %s", error)
 
 
 def _read(path: Path) -> Mapping[str, Any]:

@@ -186,11 +186,11 @@ class Listener:
             case Resumed():
                 self._resume(self._still_open())
             case Ended(start, end, speech):
-                await self._complete(self._still_open(), start, end, speech)
-                self._open = None
+                await self._put(self._complete(self._still_open(), start, end, speech))
             case Split(start, end, speech):
-                await self._complete(self._still_open(), start, end, speech, ("split",))
-                self._begin(end)
+                whole = self._complete(self._still_open(), start, end, speech, ("split",))
+                self._begin(end)  # before the source is held up: whoever mutes it meanwhile drops this one
+                await self._put(whole)
 
     def _still_open(self) -> _Open:
         assert self._open is not None  # the segmenter started it
@@ -228,15 +228,22 @@ class Listener:
         if not decode.cancel() and self._pace.partial_interval_ms:
             current.decode, current.decoded_at = decode, self._segmenter.count
 
-    async def _complete(
+    async def _put(self, pending: Pending | None) -> None:
+        if pending is not None:
+            await self._answers.put(pending)
+
+    def _complete(
         self, current: _Open, start: int, end: int, speech: int, enforced: tuple[str, ...] = ()
-    ) -> None:
-        """Queue the segment with its recognition: the one begun at the pause if it is of the same audio."""
+    ) -> Pending | None:
+        """Return the segment with its recognition: the one begun at the pause if it is of the same audio.
+
+        None: it is not for us.
+        """
         metrics.SEGMENTS.inc()
         if not self._attention.hears(current.began_at):
             metrics.UNADDRESSED.labels(self._attention.mode).inc()
             self._drop(current)
-            return
+            return None
         for step in enforced:
             metrics.ENFORCED.labels(step).inc()
         segment = dataclasses.replace(
@@ -252,7 +259,7 @@ class Listener:
             recognition = self._submit(start, end, priority)
         shown = current.shown != ("", "")
         self._close(current)
-        await self._answers.put(Pending(segment, recognition, at_pause, current.began_at, shown))
+        return Pending(segment, recognition, at_pause, current.began_at, shown)
 
     def _drop(self, current: _Open) -> None:
         """Let what is being said come to nothing."""
@@ -278,18 +285,22 @@ class Listener:
             return
         if current.early is not None and not current.judged and current.early[2].done():
             current.judged = True
-            self._judge(current.early[2])
+            self._judge(current, current.early[2])
         if current.decode is not None and current.decode.done():
             decode, current.decode = current.decode, None
             if (recognition := _result(decode)) is not None:
                 self._offer_partial(current, recognition)
 
-    def _judge(self, decode: Future[Recognition]) -> None:
-        """Let the text before the pause decide how long the pause may last. A failed decode leaves it to the preset."""
+    def _judge(self, current: _Open, decode: Future[Recognition]) -> None:
+        """Let the text before the pause, without a wake phrase, decide how long the pause may last.
+
+        A failed decode, and what is not for us, leave it to the preset.
+        """
         recognition = _result(decode)
-        if self._content_endpoint is not None and recognition is not None:
-            least = min((token.confidence for token in recognition.tokens), default=0.0)
-            self._segmenter.endpoint_after(self._content_endpoint.chunks(recognition.text, least))
+        said = None if recognition is None else self._attention.preview(recognition, current.began_at)
+        if self._content_endpoint is not None and said is not None:
+            least = min((token.confidence for token in said.tokens), default=0.0)
+            self._segmenter.endpoint_after(self._content_endpoint.chunks(said.text, least))
 
     def _decode_what_grows(self) -> None:
         """Decode what has been said so far, now and then, if nobody has to wait for that."""

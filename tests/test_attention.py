@@ -136,6 +136,25 @@ def test_the_wake_phrase_is_left_out_while_it_listens_too(make: Callable[[str], 
     assert attention.admit(said("打开灯"), clock.now + 7.9) == said("打开灯"), "and it listens anew"
 
 
+def test_a_wake_phrase_in_one_room_does_not_open_the_ear_in_another(
+    make: Callable[[str], Attention], clock: Clock
+) -> None:
+    attention = make(PHRASE)
+    here, there = attention.ear(), attention.ear()
+    assert here.admit(said("小爱同学"), clock.now) is None
+    assert here.admit(said("打开灯"), clock.now + 1) == said("打开灯")
+    assert there.admit(said("打开灯"), clock.now + 1) is None
+
+
+def test_who_asks_is_heard_in_every_room_until_that_is_ended(make: Callable[[str], Attention], clock: Clock) -> None:
+    attention = make(PUSH_TO_TALK)
+    ears = attention.ear(), attention.ear()
+    attention.listen(8.0)
+    assert [ear.hears(clock.now + 1) for ear in ears] == [True] * 2
+    attention.ignore()
+    assert [ear.hears(clock.now + 1) for ear in ears] == [False] * 2
+
+
 @pytest.mark.parametrize(
     ("text", "shown"), [("小", None), ("小爱同学", None), ("小爱同学打", "打"), ("打", "打"), ("小朋", "小朋")]
 )

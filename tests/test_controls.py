@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import stat
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 from listening import Clock, Exactly
 
+from edge_asr import controls as controls_module
 from edge_asr.attention import ALWAYS, PHRASE, PUSH_TO_TALK, Attention
 from edge_asr.config import SegmentConfig
 from edge_asr.controls import FILE, Controls
@@ -67,11 +70,13 @@ def listen_with(controls: Controls) -> Ear:
     return ear
 
 
-def test_a_preset_holds_for_all_sources_and_after_a_restart(make: Callable[..., Controls], changes: Changes) -> None:
+async def test_a_preset_holds_for_all_sources_and_after_a_restart(
+    make: Callable[..., Controls], changes: Changes
+) -> None:
     controls = make(preset="relaxed", content_endpointing=False)
     ears = [listen_with(controls) for _ in range(2)]
     assert [ear.endpoints for ear in ears] == [[(25, None)]] * 2
-    assert controls.obey("preset", {"preset": "aggressive"}) == {"preset": "aggressive"}
+    assert await controls.obey("preset", {"preset": "aggressive"}) == {"preset": "aggressive"}
     assert [ear.endpoints[-1] for ear in ears] == [(5, None)] * 2
     assert changes.count == 1
     again = make(preset="relaxed")
@@ -88,24 +93,26 @@ def test_the_text_goes_by_the_preset_too(make: Callable[..., Controls]) -> None:
     ]
 
 
-def test_mute_holds_for_all_sources_and_after_a_restart(make: Callable[..., Controls], changes: Changes) -> None:
+async def test_mute_holds_for_all_sources_and_after_a_restart(make: Callable[..., Controls], changes: Changes) -> None:
     controls = make()
     ear = listen_with(controls)
-    assert controls.obey("mute", {"mute": True}) == {"mute": True}
+    assert await controls.obey("mute", {"mute": True}) == {"mute": True}
     assert ear.muted == [True] * 2, "the listener and its source"
     again = make()
     assert again.muted
     assert listen_with(again).muted == [True] * 2, "before it runs"
-    assert again.obey("mute", {"mute": False}) == {"mute": False}
+    assert await again.obey("mute", {"mute": False}) == {"mute": False}
     assert not make().muted
     assert changes.count == 2
 
 
-def test_what_is_so_already_changes_nothing(make: Callable[..., Controls], changes: Changes, tmp_path: Path) -> None:
+async def test_what_is_so_already_changes_nothing(
+    make: Callable[..., Controls], changes: Changes, tmp_path: Path
+) -> None:
     controls = make()
     ear = listen_with(controls)
-    assert controls.obey("mute", {"mute": False}) == {"mute": False}
-    assert controls.obey("preset", {"preset": "default"}) == {"preset": "default"}
+    assert await controls.obey("mute", {"mute": False}) == {"mute": False}
+    assert await controls.obey("preset", {"preset": "default"}) == {"preset": "default"}
     assert (ear.muted, len(ear.endpoints), changes.count) == ([], 1, 0)
     assert not (tmp_path / "state").exists()
 
@@ -118,16 +125,16 @@ def test_what_is_so_already_changes_nothing(make: Callable[..., Controls], chang
         (PHRASE, {"listen": "phrase", "seconds": 3.0}),
     ],
 )
-def test_it_listens_when_asked_to(make: Callable[..., Controls], mode: str, result: dict[str, object]) -> None:
+async def test_it_listens_when_asked_to(make: Callable[..., Controls], mode: str, result: dict[str, object]) -> None:
     controls = make(mode)
     listen_with(controls)
-    assert controls.obey("listen", {"seconds": 3.0}) == result
+    assert await controls.obey("listen", {"seconds": 3.0}) == result
 
 
-def test_it_listens_for_the_configured_time_where_none_is_said(make: Callable[..., Controls]) -> None:
+async def test_it_listens_for_the_configured_time_where_none_is_said(make: Callable[..., Controls]) -> None:
     controls = make(PUSH_TO_TALK)
     listen_with(controls)
-    assert controls.obey("listen", {"seconds": None})["seconds"] == 8.0
+    assert (await controls.obey("listen", {"seconds": None}))["seconds"] == 8.0
 
 
 def test_without_a_source_it_does_not_pretend_to_listen(make: Callable[..., Controls]) -> None:
@@ -145,11 +152,11 @@ def test_what_was_asked_for_before_a_mute_is_over_after_it(make: Callable[..., C
     assert not attention.hears(clock.now + 1)
 
 
-def test_what_holds_from_the_last_time_on_is_said_at_the_start(
+async def test_what_holds_from_the_last_time_on_is_said_at_the_start(
     make: Callable[..., Controls], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    make().use("aggressive")
+    await make().obey("preset", {"preset": "aggressive"})
     make(preset="relaxed")
     assert caplog.messages[-1] == "not muted, preset aggressive, as was chosen before the last stop"
     caplog.clear()
@@ -164,11 +171,11 @@ def test_what_holds_from_the_last_time_on_is_said_at_the_start(
         ("dance", {}, "unknown command dance; known here: mute, preset, listen"),
     ],
 )
-def test_what_cannot_be_done_says_what_can(
+async def test_what_cannot_be_done_says_what_can(
     make: Callable[..., Controls], name: str, arguments: dict[str, object], why: str
 ) -> None:
     with pytest.raises(EdgeAsrError) as refused:
-        make().obey(name, arguments)
+        await make().obey(name, arguments)
     assert str(refused.value) == why
 
 
@@ -187,22 +194,44 @@ def test_a_damaged_file_is_as_good_as_none(make: Callable[..., Controls], tmp_pa
     assert (controls.muted, controls.preset) == (False, "relaxed")
 
 
-def test_what_cannot_be_kept_holds_all_the_same_and_says_so(
+async def test_what_cannot_be_kept_holds_all_the_same_and_says_so(
     make: Callable[..., Controls], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "state").write_text("a file where the folder belongs", encoding="utf-8")
     controls = make()
-    controls.mute(True)
+    await controls.obey("mute", {"mute": True})
     assert controls.muted
     assert [record.levelno for record in caplog.records if record.levelno >= logging.WARNING] == [logging.WARNING]
 
 
-def test_the_file_is_replaced_whole_and_nothing_is_left_beside_it(
+async def test_the_file_is_replaced_whole_and_nothing_is_left_beside_it(
     make: Callable[..., Controls], tmp_path: Path
 ) -> None:
     controls = make()
     for muted in (True, False, True):
-        controls.mute(muted)
+        await controls.obey("mute", {"mute": muted})
     (kept,) = (tmp_path / "state").iterdir()
     assert kept.name == FILE
     assert stat.S_IMODE(kept.stat().st_mode) & 0o077 == 0
+
+
+async def test_nobody_waits_while_it_is_written_and_what_holds_at_last_is_kept(
+    make: Callable[..., Controls], monkeypatch: pytest.MonkeyPatch, changes: Changes
+) -> None:
+    written, go_on = [], threading.Event()
+    write = controls_module._write
+
+    def slow(path: Path, chosen: Mapping[str, Any]) -> None:
+        written.append(chosen["mute"])
+        assert go_on.wait(30)
+        write(path, chosen)
+
+    monkeypatch.setattr(controls_module, "_write", slow)
+    controls = make()
+    asked = [asyncio.create_task(controls.obey("mute", {"mute": muted})) for muted in (True, False, True)]
+    while changes.count < 3:
+        await asyncio.sleep(0)
+    go_on.set()
+    assert [(await task)["mute"] for task in asked] == [True, False, True]
+    assert written[-1]
+    assert make().muted

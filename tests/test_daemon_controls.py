@@ -11,6 +11,7 @@ import time
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ from daemons import SENTENCES, TEXTS, Daemon, Start, is_offline, is_ready, state
 from mosquitto import PATIENCE_S, Message, Mosquitto, Subscriber, send, send_lines, wait_for
 from pulse import MICROPHONE, PulseServer
 
+from edge_asr import app
+from edge_asr.config_reader import load_config
 from edge_asr.loader import engine_folder
 from edge_asr.recognizer.bundle import read_bundle
 from edge_asr.types import SAMPLE_RATE, Samples
@@ -422,3 +425,31 @@ def test_a_microphone_that_is_missed_may_be_muted_and_is_not_missed_then(
         subscriber.wait_for(lambda s: shows(state="ready")(s) and health_of(s) == ["listening"], "it is heard again")
         wait_for(lambda: pulse_server.recordings() == 1, "one recording, and none left behind")
         assert daemon.stop() == 0
+
+
+def test_a_state_that_was_looked_at_before_is_not_published_after_a_newer_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    daemon = app.Daemon(load_config(None, [f"state_dir={tmp_path}", "mqtt.enabled=false"], {}))
+    published: list[bool] = []
+    looking, go_on = threading.Event(), threading.Event()
+
+    def slow() -> dict[str, float | None]:
+        looking.set()
+        assert go_on.wait(PATIENCE_S)
+        return {}
+
+    sink = SimpleNamespace(set_state=lambda state: published.append(state["mute"]))
+    monkeypatch.setattr(daemon, "_publisher", sink)
+    monkeypatch.setattr(daemon._responses, "percentiles", slow)
+    publisher = threading.Thread(target=daemon._publish_state)
+    publisher.start()
+    assert looking.wait(PATIENCE_S)
+    monkeypatch.setattr(daemon._responses, "percentiles", dict)
+    newer = threading.Thread(target=daemon._controls.mute, args=(True,))
+    newer.start()
+    newer.join(0.1)  # it overtakes, where nothing holds it up
+    go_on.set()
+    for thread in (publisher, newer):
+        thread.join(PATIENCE_S)
+    assert published == [False, True]

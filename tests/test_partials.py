@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import NoReturn
 
+import numpy as np
 import pytest
 from listening import BUDGET, ByLevel, Clock, Collector, Exactly, Fed
 from prometheus_client import REGISTRY
 
-from edge_asr.answers import Gates, Labels
+from edge_asr.answers import PENDING_LIMIT, Gates, Labels
 from edge_asr.attention import PHRASE, PUSH_TO_TALK, Attention
 from edge_asr.errors import EngineError
 from edge_asr.pipeline import Listener, Pace
+from edge_asr.recognizer.hypotheses import UNSETTLED
 from edge_asr.recognizer.scheduler import Priority, Scheduler
 from edge_asr.speech.segmenter import POST_ROLL, Rules, Segmenter
 from edge_asr.types import CHUNK_S, CHUNK_SAMPLES, Partial, Recognition, Samples, Token, Transcript
@@ -115,7 +118,11 @@ async def test_a_sentence_grows_every_300_ms_and_its_beginning_becomes_stable() 
     assert [after - before for before, after in itertools.pairwise(lengths)] == [10] * (len(lengths) - 1)
     assert len(lengths) == 3
     assert [partial.text for partial in partials] == [SPOKEN[: length // CHUNKS_A_CHARACTER] for length in lengths]
-    assert [partial.stable for partial in partials] == ["", partials[0].text, partials[1].text]
+    assert [partial.stable for partial in partials] == [
+        "",
+        partials[0].text[:-UNSETTLED],
+        partials[1].text[:-UNSETTLED],
+    ]
     assert {partial.id for partial in partials} == {final.id}
     assert not any(partial.end for partial in partials)
     assert {partial.source for partial in partials} == {"fed"}
@@ -138,9 +145,9 @@ async def test_a_pause_that_lasts_shows_its_text_once_as_the_transcript() -> Non
 
 
 async def test_nothing_is_shown_twice() -> None:
-    same = Recognition("打开", (Token("打开", None, None, 1.0),), 1.0)
+    same = Recognition("打开灯", tuple(Token(character, None, None, 1.0) for character in "打开灯"), 1.0)
     partials, _ = await hear("..." + "x" * 60 + "." * 10, Prompt(lambda samples: same))
-    assert [(partial.text, partial.stable) for partial in partials] == [("打开", ""), ("打开", "打开")]
+    assert [(partial.text, partial.stable) for partial in partials] == [("打开灯", ""), ("打开灯", "打")]
 
 
 @pytest.mark.parametrize(("interval_ms", "live"), [(0, True), (300, False)], ids=["switched off", "no live source"])
@@ -274,3 +281,20 @@ async def test_a_wake_phrase_lets_its_sentence_through_and_no_other(caplog: pyte
     others = Attention(PHRASE, Exactly("小爱"))
     assert await hear("..." + "x" * 60 + "." * 10, Prompt(), attention=others) == ([], [])
     assert "打开" not in caplog.text
+
+
+async def test_mute_while_the_source_is_held_up_at_a_split_drops_what_is_being_said() -> None:
+    scheduler, sink = Prompt(never=[Priority.NETWORK]), Collector()
+    rules = Rules(endpoint=5, pre_roll=2, min_speech=2, max_length=20)
+    listener = Listener(
+        Fed("..." + "x" * 200 + "." * 10), ByLevel(), Segmenter(rules), scheduler, [sink],
+        Labels("test", "fed", "prompt"), Gates(), Pace(live=False), BUDGET,
+    )  # fmt: skip
+    running = asyncio.create_task(listener.run())
+    while len(scheduler.futures) <= PENDING_LIMIT:
+        await asyncio.sleep(0)
+    listener.mute(True)
+    for future in scheduler.futures:
+        future.set_result(heard_of(np.zeros(20 * CHUNK_SAMPLES, np.float32)))
+    await asyncio.wait_for(running, 30)
+    assert len(sink.transcripts) == PENDING_LIMIT + 1, "what had ended before; and nothing after"

@@ -10,10 +10,11 @@ from concurrent.futures import Future
 from itertools import pairwise
 
 import pytest
-from listening import BUDGET, GAP, ByLevel, Collector, Fed
+from listening import BUDGET, GAP, ByLevel, Collector, Exactly, Fed
 from prometheus_client import REGISTRY
 
 from edge_asr.answers import PENDING_LIMIT, Gates, Labels
+from edge_asr.attention import PHRASE, Attention
 from edge_asr.audio.microphone import MicrophoneSource
 from edge_asr.errors import EngineError
 from edge_asr.pipeline import Listener, Pace
@@ -212,7 +213,7 @@ class Told(Scheduler):
             elif text is None:
                 future.set_exception(EngineError("the engine failed on purpose"))
             else:
-                future.set_result(Recognition(text, (Token(text, None, None, 1.0),), 1.0))
+                future.set_result(Recognition(text, tuple(Token(one, None, None, 1.0) for one in text), 1.0))
 
 
 class Timing(Segmenter):
@@ -240,6 +241,7 @@ async def endings(
     late: int = 0,
     live: bool = True,
     phrases: frozenset[str] | None = KNOWN_PHRASES,
+    attention: Attention | None = None,
 ) -> tuple[list[int], list[Transcript], list[int]]:
     """Return the silence that ended each segment, the transcripts, and what was decoded; phrases None: switched off."""
     scheduler, sink = Told(texts, late), Collector()
@@ -249,7 +251,7 @@ async def endings(
     detector = ByLevel()
     await Listener(
         Fed(pattern), detector, segmenter, scheduler, [sink], labels, Gates(), Pace(live), BUDGET,
-        content_endpoint=endpoint,
+        attention, endpoint,
     ).run()  # fmt: skip
     return segmenter.ended, sink.transcripts, scheduler.asked
 
@@ -291,6 +293,18 @@ async def test_what_ends_open_is_joined_with_the_rest(pause: int) -> None:
 async def test_a_text_that_tells_nothing_leaves_the_pause_to_the_preset(preset: int, text: str | None) -> None:
     ended, _, _ = await endings(SENTENCE + SILENT, [text], preset)
     assert ended == [preset]
+
+
+@pytest.mark.parametrize(("said", "ends_after"), [(KNOWN, 8), (OPEN_END, 31), ("", 12)])
+async def test_a_pause_goes_by_what_is_said_behind_the_wake_phrase(said: str, ends_after: int) -> None:
+    attention = Attention(PHRASE, Exactly("小爱"))
+    ended, _, _ = await endings(SENTENCE + SILENT, [f"小爱{said}"], attention=attention)
+    assert ended == [ends_after]
+
+
+async def test_a_pause_of_what_is_for_somebody_else_is_left_to_the_preset() -> None:
+    ended, transcripts, _ = await endings(SENTENCE + SILENT, [KNOWN], attention=Attention(PHRASE, Exactly("小爱")))
+    assert (ended, transcripts) == ([12], [])
 
 
 async def test_each_segment_goes_by_its_own_text() -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from edge_asr.recognizer.tokens import CONTINUES, join
+
+UNSETTLED = 2
+"""Tokens at the end of a decode that more sound may still change: they halve the beginnings that prove wrong."""
 
 
 class Hypotheses:
@@ -19,7 +23,7 @@ class Hypotheses:
 
         Where a decode contradicts what is stable already, that stays: whoever shows it has shown it.
         """
-        agreed = [new for new, old in _while_equal(tokens, self._last)]
+        agreed = _common(tokens[:-UNSETTLED], self._last[:-UNSETTLED])
         while agreed and agreed[-1].endswith(CONTINUES):  # half a word is no word
             agreed.pop()
         if len(agreed) > len(self._stable) and agreed[: len(self._stable)] == self._stable:
@@ -28,10 +32,7 @@ class Hypotheses:
         return join(tokens), join(self._stable)
 
 
-def _while_equal(these: Sequence[str], those: Sequence[str]) -> list[tuple[str, str]]:
-    pairs = []
-    for pair in zip(these, those, strict=False):
-        if pair[0] != pair[1]:
-            break
-        pairs.append(pair)
-    return pairs
+def _common(these: Sequence[str], those: Sequence[str]) -> list[str]:
+    """Return the beginning that both share."""
+    pairs = zip(these, those, strict=False)
+    return [this for this, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
