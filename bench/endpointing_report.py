@@ -31,7 +31,7 @@ from edge_asr.types import CHUNK_SAMPLES
 BUNDLE = Path(__file__).resolve().parent.parent / "engines" / "paraformer-tiny"
 SECTION = "cut-rate"
 SWEEP = range(3, 26)
-SEED = 1
+SEED = 2
 """Of the sentences that are reported; nothing was chosen on them."""
 ALONE, STEADY = "Silero alone", "by the level too"
 COLOURS = {(ALONE, False): "#d55e00", (ALONE, True): "#eaae80", (STEADY, False): "#0072b2", (STEADY, True): "#009e73"}

@@ -31,8 +31,8 @@ FRAME = 80
 BELOW_PEAK_DB = 35.0
 """Where sound ends that nothing else is heard with, as in `end_of_sound`: with most voices digital silence follows."""
 
-RECORDED_BELOW_PEAK_DB = 25.0
-"""Where recordings are cut off: above the noise of their rooms, so that what is left ends with speech."""
+RECORDED_BELOW_PEAK_DB = 18.0
+"""Where recordings are cut off: above noise and breath, so that what is left ends with speech."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +132,8 @@ def recorded(files: dict[Path, str], noise_db: float = 40.0, seed: int = 0) -> I
 
 
 def _cut_open(sound: Samples, rng: random.Random) -> list[Part]:
-    margin, apart = int(0.3 * SAMPLE_RATE), int(0.3 * SAMPLE_RATE)
+    apart = int(0.3 * SAMPLE_RATE)
+    margin = min(apart, len(sound) // 3)
     power = np.convolve(np.square(sound), np.ones(2 * FRAME) / (2 * FRAME), "same")
     power[:margin] = power[len(sound) - margin :] = np.inf
     places: list[int] = []

@@ -14,7 +14,7 @@ COMPLETE_ENDPOINT = 8
 """Chunks after the last speech that end a complete phrase, where the preset is not shorter: 256 ms."""
 GROWING_ENDPOINT = 14
 """Chunks after the last speech that are waited where more may come: 448 ms, as long as people pause inside."""
-SURE = 0.8
+SURE = 0.6
 """What is thought complete is not believed where the least certain of its tokens has less confidence."""
 OPEN_ENDPOINT = 31
 """Chunks after the last speech that are waited for the rest of what ends open: 992 ms."""
