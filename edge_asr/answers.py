@@ -126,8 +126,10 @@ class Answers:
         """Answer one segment after another. If this is cancelled, what is not recognised yet is published as lost."""
         try:
             while (pending := await self._next()) is not None:
+                recognition = asyncio.wrap_future(pending.recognition)
                 # Not awaited itself: one that was given up is cancelled, which would end this task.
-                await asyncio.wait([asyncio.wrap_future(pending.recognition)])
+                await asyncio.wait([recognition])
+                recognition.cancelled() or recognition.exception()  # has been seen: asyncio need not complain
                 self._answer(self._pending.popleft())
                 async with self._changed:
                     self._changed.notify_all()

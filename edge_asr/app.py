@@ -297,7 +297,11 @@ class Daemon:
         """Complete the trace on the publisher thread, at the last moment before the transcript is serialised."""
         settled = self._budget.settle(transcript, time.monotonic())
         self._published += 1
-        if settled.marks is None or settled.lost:  # played as fast as it goes: nobody waited for it
+        if settled.marks is None:  # played as fast as it goes: nobody waited for it
+            return settled
+        if settled.lost:
+            if self._late_watch.add({"queue": settled.latency_ms["response"]}, late=True):
+                self._publish_state()
             return settled
         self._responses.add(settled.latency_ms["response"])
         metrics.RESPONSE.observe(settled.latency_ms["response"] / 1e3)

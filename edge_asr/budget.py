@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from bisect import bisect_left
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from edge_asr.types import Transcript
@@ -21,6 +22,10 @@ JUDGED = 20
 """Transcripts that the share of late ones is taken from."""
 FEW = 5
 """With fewer transcripts nothing is degraded; as many in a row that are on time end it."""
+SEVERAL = 2
+"""One late transcript degrades nothing."""
+MEMORY_S = 60.0
+"""What is longer ago says nothing of how things are: in a quiet room no transcript would."""
 
 
 def percentiles(values: Iterable[float]) -> dict[str, float | None]:
@@ -92,31 +97,41 @@ def _bucket(seconds: float) -> int:
 
 
 class LateWatch:
-    """Whether too many of the last transcripts were late. One thread adds, another may ask."""
+    """Whether too many of the last transcripts were late. One thread adds, others may ask."""
 
-    def __init__(self, share: float) -> None:
+    def __init__(self, share: float, clock: Callable[[], float] = time.monotonic) -> None:
         """`share`: how many may be, 0 to 1."""
         self._share = share
-        self._late: deque[str] = deque(maxlen=JUDGED)
-        self.why = ""
-        """How many are late, and the stage that is to blame; empty while that is well."""
+        self._clock = clock
+        self._recent: deque[tuple[float, str]] = deque(maxlen=JUDGED)
+        """When each came (monotonic seconds), and the stage to blame; empty where it was in time."""
+        self._told = False
+
+    @property
+    def why(self) -> str:
+        """How many are late, and the stage that is to blame; empty while that is well, or long ago."""
+        recent = self._remembered()
+        blamed = [stage for stage in recent if stage]
+        if not (self._told and blamed):
+            return ""
+        stage, _ = Counter(blamed).most_common(1)[0]
+        return f"{len(blamed)} of the last {len(recent)} transcripts were late, most because of: {stage}"
 
     def add(self, latency_ms: Mapping[str, float], late: bool) -> bool:
         """Take the next transcript's trace. True: `why` was or became empty, or the other way round."""
-        self._late.append(_slowest(latency_ms) if late else "")
-        before, self.why = self.why, self._judge()
-        if before and not self.why:
-            self._late.clear()  # what is over is not held against the next late one
-        return bool(before) != bool(self.why)
+        before = bool(self.why)
+        self._recent.append((self._clock(), _slowest(latency_ms) if late else ""))
+        recent = self._remembered()
+        blamed = sum(map(bool, recent))
+        enough = len(recent) >= FEW and blamed >= SEVERAL and blamed > self._share * len(recent)
+        self._told = any(recent[-FEW:]) and (before or enough)
+        if before and not self._told:
+            self._recent.clear()  # what is over is not held against the next late one
+        return before != bool(self.why)
 
-    def _judge(self) -> str:
-        blamed = [stage for stage in self._late if stage]
-        recent = list(self._late)[-FEW:]
-        enough = len(self._late) >= FEW and len(blamed) > self._share * len(self._late)
-        if not any(recent) or not (self.why or enough):
-            return ""
-        stage, _ = Counter(blamed).most_common(1)[0]
-        return f"{len(blamed)} of the last {len(self._late)} transcripts were late, most because of: {stage}"
+    def _remembered(self) -> list[str]:
+        since = self._clock() - MEMORY_S
+        return [stage for at, stage in self._recent.copy() if at >= since]  # copied in one step
 
 
 def _slowest(latency_ms: Mapping[str, float]) -> str:
@@ -140,6 +155,7 @@ class LatencyBudget:
         response = (now - marks.segment_ended_at) * 1e3
         trace = {
             "endpoint": (marks.segment_ended_at - marks.speech_ended_at) * 1e3,
+            "capture": 0.0 if marks.heard_at is None else (marks.heard_at - marks.segment_ended_at) * 1e3,
             **transcript.latency_ms,
             "response": response,
             "total": (now - marks.speech_ended_at) * 1e3,

@@ -19,15 +19,19 @@ from edge_asr.answers import Answers, Gates, Labels, Pending, TranscriptSink
 from edge_asr.attention import Attention
 from edge_asr.audio.source import AudioSource
 from edge_asr.budget import LatencyBudget
+from edge_asr.errors import EdgeAsrError
 from edge_asr.recognizer.hypotheses import Hypotheses
 from edge_asr.recognizer.scheduler import Priority, Scheduler
 from edge_asr.recording import Recording
 from edge_asr.speech.completeness import COMPLETE_ENDPOINT, ContentEndpoint
 from edge_asr.speech.segmenter import POST_ROLL, Ended, Event, Paused, Resumed, Segmenter, Split, Started
 from edge_asr.speech.vad import SpeechDetector
-from edge_asr.types import CHUNK_S, Chunk, Partial, Recognition, SegmentId, new_segment_id
+from edge_asr.types import CHUNK_S, SAMPLE_RATE, Chunk, Partial, Recognition, Samples, SegmentId, new_segment_id
 
 log = logging.getLogger(__name__)
+
+FILE_AHEAD_S = 5.0
+"""A pipe with so much more sound than time has passed is no microphone's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +102,9 @@ class Listener:
         self._recording = Recording()
         self._open: _Open | None = None
         self._stopping = self._muted = False
+        self._began_at: float | None = None
+        self._ahead_s = 0.0
+        """Seconds of sound that have come beyond the time that has passed."""
 
     @property
     def failed(self) -> int:
@@ -112,15 +119,16 @@ class Listener:
     async def run(self) -> None:
         """Listen until the source ends, and until its last transcript is offered. Raises AudioError."""
         answering = asyncio.create_task(self._answers.run(), name=f"answer {self._source.name}")
+        failure: EdgeAsrError | None = None
         try:
-            async for chunk in self._source.chunks():
-                if chunk.lost:
-                    await self._interrupt()
-                elif not self._muted:
-                    await self._hear(chunk)
-            await self._finish()
+            try:
+                await self._listen()
+            except EdgeAsrError as error:  # what has been said before is answered all the same
+                failure = error
             await self._answers.end()
             await answering
+            if failure is not None:
+                raise failure
         finally:
             self._source.close()
             answering.cancel()
@@ -141,8 +149,19 @@ class Listener:
         self._segmenter.use_endpoint(endpoint)
         self._content_endpoint = content_endpoint
 
+    async def _listen(self) -> None:
+        async for chunk in self._source.chunks():
+            if chunk.lost:
+                await self._interrupt()
+            elif not self._muted:
+                await self._hear(chunk)
+        await self._finish()
+
     async def _hear(self, chunk: Chunk) -> None:
         self._recording.append(chunk)
+        position = chunk.captured_at - chunk.index / SAMPLE_RATE
+        self._began_at = position if self._began_at is None else self._began_at
+        self._ahead_s = self._began_at - position
         self._look_at_decodes()
         for event in self._segmenter.step(self._detector(chunk)):
             await self._handle(event)
@@ -214,8 +233,9 @@ class Listener:
         if current.skipped:
             metrics.ENFORCED.labels("not_at_pause").inc()
             return
-        left = min(self._segmenter.endpoint, COMPLETE_ENDPOINT) - POST_ROLL
-        current.early = (start, end, self._submit(start, end, Priority.MICROPHONE, max(0, left) * CHUNK_S))
+        left_s = max(0, min(self._segmenter.endpoint, COMPLETE_ENDPOINT) - POST_ROLL) * CHUNK_S
+        decode = self._submit(self._recording.samples(start, end), self._priority(), left_s)
+        current.early = (start, end, decode)
         current.judged = self._content_endpoint is None
 
     def _resume(self, current: _Open) -> None:
@@ -255,8 +275,7 @@ class Listener:
         if at_pause and current.early is not None:
             (*_, recognition), current.early = current.early, None
         else:
-            priority = Priority.MICROPHONE if self._pace.live else Priority.NETWORK
-            recognition = self._submit(start, end, priority)
+            recognition = self._submit(segment.samples, self._priority())
         shown = current.shown != ("", "")
         self._close(current)
         return Pending(segment, recognition, at_pause, current.began_at, shown)
@@ -273,10 +292,17 @@ class Listener:
                 decode.cancel()
         self._open = None
 
-    def _submit(self, start: int, end: int, priority: Priority, in_s: float = 0.0) -> Future[Recognition]:
-        """Ask for a recognition of chunks `start` to `end`, to be published in time after `in_s` seconds."""
+    def _submit(self, samples: Samples, priority: Priority, in_s: float = 0.0) -> Future[Recognition]:
+        """Ask for a recognition of what ends after `in_s` seconds, to be published within the budget then."""
         deadline = time.monotonic() + in_s + self._budget.response_ms / 1e3
-        return self._scheduler.submit(self._recording.samples(start, end), priority, deadline)
+        return self._scheduler.submit(samples, priority, deadline)
+
+    def _priority(self) -> Priority:
+        """Return that of a microphone, unless it turns out to be a file that is piped in faster than time passes."""
+        can_wait = self._pace.backlog_s is None
+        if not self._pace.live or (can_wait and self._ahead_s > FILE_AHEAD_S):
+            return Priority.NETWORK
+        return Priority.MICROPHONE
 
     def _look_at_decodes(self) -> None:
         """Take what has been decoded since the last chunk: let it set the length of the pause, or show it."""
@@ -317,7 +343,7 @@ class Listener:
             return
         current.decoded_at = end
         if self._scheduler.idle:
-            current.decode = self._submit(current.start, end, Priority.PARTIAL)
+            current.decode = self._submit(self._recording.samples(current.start, end), Priority.PARTIAL)
         else:
             metrics.ENFORCED.labels("partial_skipped").inc()
 

@@ -8,7 +8,7 @@ from collections import deque
 import numpy as np
 
 from edge_asr.speech.energy import end_of_sound
-from edge_asr.types import CHUNK_SAMPLES, SAMPLE_RATE, Chunk, Marks, Samples, Segment, SegmentId
+from edge_asr.types import CHUNK_S, CHUNK_SAMPLES, SAMPLE_RATE, Chunk, Marks, Samples, Segment, SegmentId
 
 
 class Recording:
@@ -41,8 +41,9 @@ class Recording:
         return self._chunks[chunk - self._first].captured_at
 
     def cut(self, segment_id: SegmentId, start: int, end: int, speech: int, live: bool) -> Segment:
-        """Return chunks `start` to `end` as a segment that has ended now; `live`: its moments are known."""
+        """Return chunks `start` to `end` as a segment that the last chunk has ended; `live`: its moments are known."""
         now, now_wall = time.monotonic(), time.time()
+        ended_at = min(now, self._chunks[-1].captured_at + CHUNK_S)  # though it may have had to wait since
         chunks = self.between(start, end)
         samples = np.concatenate([chunk.samples for chunk in chunks])
         return Segment(
@@ -52,7 +53,7 @@ class Recording:
             index=chunks[0].index,
             speech_ratio=speech / len(chunks),
             started_at=now_wall - (now - chunks[0].captured_at) if live else None,
-            marks=Marks(_sound_ended_at(chunks, samples), now) if live else None,
+            marks=Marks(_sound_ended_at(chunks, samples), ended_at, now) if live else None,
         )
 
 

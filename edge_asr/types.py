@@ -54,7 +54,9 @@ class Marks:
     speech_ended_at: float
     """The acoustic end of speech: the last 10 ms above the noise floor."""
     segment_ended_at: float
-    """When the segmenter saw that the segment had ended."""
+    """When the sound that ended the segment was all there."""
+    heard_at: float | None = None
+    """When that sound was looked at; None: at once."""
 
 
 @dataclass(frozen=True, slots=True)

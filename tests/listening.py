@@ -21,12 +21,13 @@ class Fed:
 
     name = "fed"
 
-    def __init__(self, pattern: str, then_wait: bool = False) -> None:
+    def __init__(self, pattern: str, then_wait: bool = False, pace: float = 1.0) -> None:
+        """`pace`: seconds that pass for each second of sound."""
         self._chunks = []
         index = 0
         for mark in pattern:
             samples = np.full(CHUNK_SAMPLES, float(mark == SPEECH), np.float32)
-            self._chunks.append(Chunk(samples, index, index / SAMPLE_RATE, mark == LOST))
+            self._chunks.append(Chunk(samples, index, pace * index / SAMPLE_RATE, mark == LOST))
             index += CHUNK_SAMPLES * (GAP if mark == LOST else 1)
         self._then_wait = then_wait
         self.taken = asyncio.Event()

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from listening import Clock
 
-from edge_asr.budget import BUCKETS_S, FEW, JUDGED, OBSERVED, CostModel, LatencyBudget, LateWatch, RecentResponses
+from edge_asr.budget import (
+    BUCKETS_S,
+    FEW,
+    JUDGED,
+    MEMORY_S,
+    OBSERVED,
+    CostModel,
+    LatencyBudget,
+    LateWatch,
+    RecentResponses,
+)
 from edge_asr.budget import percentiles as percentiles_of
 from edge_asr.types import Marks, SegmentId, Transcript
 
@@ -40,9 +52,9 @@ MARKS = Marks(speech_ended_at=100.0, segment_ended_at=100.4)
 
 def test_the_trace_goes_from_the_end_of_speech_to_now() -> None:
     settled = LatencyBudget(300).settle(transcript(MARKS), now=100.65)
-    assert list(settled.latency_ms) == ["endpoint", "queue", "features", "model", "response", "total"]
+    assert list(settled.latency_ms) == ["endpoint", "capture", "queue", "features", "model", "response", "total"]
     assert settled.latency_ms == pytest.approx(
-        {"endpoint": 400, "queue": 1.5, "features": 2, "model": 20, "response": 250, "total": 650}
+        {"endpoint": 400, "capture": 0, "queue": 1.5, "features": 2, "model": 20, "response": 250, "total": 650}
     )
 
 
@@ -241,7 +253,8 @@ def watched(pattern: str, share: float = 0.1) -> tuple[LateWatch, list[bool]]:
         ("....................", 0.1, ""),
         ("qqqq", 0.1, ""),
         ("qqqqq", 0.1, "5 of the last 5 transcripts were late, most because of: queue"),
-        ("....q", 0.1, "1 of the last 5 transcripts were late, most because of: queue"),
+        ("....q", 0.1, ""),
+        ("...qq", 0.1, "2 of the last 5 transcripts were late, most because of: queue"),
         (".........q", 0.1, ""),
         ("........qq", 0.1, "2 of the last 10 transcripts were late, most because of: queue"),
         ("qq" + "." * 18, 0.1, ""),
@@ -261,6 +274,31 @@ def watched(pattern: str, share: float = 0.1) -> tuple[LateWatch, list[bool]]:
 )  # fmt: skip
 def test_too_many_late_ones_are_told_with_the_stage_to_blame(pattern: str, share: float, why: str) -> None:
     assert watched(pattern, share)[0].why == why
+
+
+def test_what_is_long_ago_is_not_told_any_more() -> None:
+    clock = Clock()
+    watch = LateWatch(0.1, clock)
+    for _ in range(FEW):
+        watch.add(QUEUED, True)
+    clock.now += MEMORY_S
+    assert watch.why
+    clock.now += 0.1
+    assert not watch.why, "nobody has spoken since"
+    assert not watch.add(QUEUED, True)
+    assert not watch.why, "and one is not many"
+
+
+def test_the_wait_before_the_sound_was_looked_at_is_part_of_the_response_and_can_be_blamed() -> None:
+    marks = dataclasses.replace(MARKS, heard_at=MARKS.segment_ended_at + 2.0)
+    settled = LatencyBudget(300).settle(transcript(marks), MARKS.segment_ended_at + 2.1)
+    assert settled.latency_ms["capture"] == pytest.approx(2_000)
+    assert settled.latency_ms["response"] == pytest.approx(2_100)
+    assert settled.within_budget is False
+    watch = LateWatch(0.1)
+    for _ in range(FEW):
+        watch.add(settled.latency_ms, True)
+    assert watch.why.endswith("because of: capture")
 
 
 def test_once_told_it_takes_five_in_time_to_be_well_again_not_a_lesser_share() -> None:

@@ -144,6 +144,20 @@ async def test_a_pause_that_lasts_shows_its_text_once_as_the_transcript() -> Non
     assert final.decoded_at_pause
 
 
+@pytest.mark.parametrize(
+    ("seconds", "priority"), [(4, Priority.MICROPHONE), (40, Priority.NETWORK)], ids=["as a microphone", "a file"]
+)
+async def test_a_file_that_is_piped_in_does_not_go_before_microphones(seconds: int, priority: Priority) -> None:
+    scheduler = Prompt()
+    pattern = "." * round(seconds / CHUNK_S) + "x" * 8 + "." * 10
+    listener = Listener(
+        Fed(pattern, pace=0.0), ByLevel(), Segmenter(RULES), scheduler, [Collector()], Labels("test", "fed", "prompt"),
+        Gates(), Pace(True, None), BUDGET,
+    )  # fmt: skip
+    await listener.run()
+    assert scheduler.asked == [(priority, 2 + 8 + POST_ROLL)]
+
+
 async def test_nothing_is_shown_twice() -> None:
     same = Recognition("打开灯", tuple(Token(character, None, None, 1.0) for character in "打开灯"), 1.0)
     partials, _ = await hear("..." + "x" * 60 + "." * 10, Prompt(lambda samples: same))

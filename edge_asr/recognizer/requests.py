@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
 import itertools
@@ -184,6 +185,11 @@ class Waiting:
                 if request.begin():
                     batch.append(request)
         return batch
+
+    def discard(self, request: Request) -> None:
+        """Forget a request, if it waits."""
+        with contextlib.suppress(ValueError):
+            self._requests.remove(request)
 
     def clear(self) -> list[Request]:
         """Forget all of them, and return them."""

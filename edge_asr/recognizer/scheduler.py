@@ -99,8 +99,7 @@ class Scheduler:
         Those of NETWORK and PARTIAL can be cancelled until they are answered.
         """
         request = Request(samples, priority, deadline)
-        if priority != Priority.MICROPHONE:  # a run that nobody waits for any more is interrupted
-            request.answer.add_done_callback(lambda answer: self._hurry() if answer.cancelled() else None)
+        request.answer.add_done_callback(lambda answer: self._forget(request) if answer.cancelled() else None)
         self._put(request)
         return request.answer
 
@@ -120,6 +119,12 @@ class Scheduler:
             if not self.idle or time.monotonic() - self._idle_since < WARM_AFTER_S:
                 return
             self._put(Request(noise()[:SMALLEST], Priority.PARTIAL, counts=False))
+
+    def _forget(self, request: Request) -> None:
+        """Let nothing wait that nobody wants any more, and interrupt it where it runs."""
+        with self._lock:
+            self._waiting.discard(request)
+            self._hurry()
 
     def _put(self, request: Request) -> None:
         with self._lock:
