@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from edge_asr import metrics
-from edge_asr.attention import Attention
+from edge_asr.attention import PHRASE, Attention
 from edge_asr.errors import EngineError
 from edge_asr.types import SAMPLE_RATE, Partial, Recognition, Segment, Transcript
 
@@ -76,9 +76,11 @@ class Pending:
     early: bool
     """Decoding began at the pause."""
     began_at: float
-    """Monotonic seconds of its first sample, on the machine's clock."""
+    """Monotonic seconds of the first sample of what was said, which it may be the rest of."""
     shown: bool
     """A partial of it has been published."""
+    continues: bool = False
+    """It is the rest of what was split, and for us if that was."""
 
 
 class Answers:
@@ -101,6 +103,8 @@ class Answers:
         self._pending: deque[Pending] = deque()
         self._changed = asyncio.Condition()
         self._ended = False
+        self._admitted = False
+        """What was answered last was for us."""
         self.failed = 0
         """Segments that the engine failed on."""
         self.lost = 0
@@ -130,12 +134,12 @@ class Answers:
                 # Not awaited itself: one that was given up is cancelled, which would end this task.
                 await asyncio.wait([recognition])
                 recognition.cancelled() or recognition.exception()  # has been seen: asyncio need not complain
-                self._answer(self._pending.popleft())
+                self._try(self._pending.popleft())
                 async with self._changed:
                     self._changed.notify_all()
         finally:
             while self._pending:
-                self._answer(self._pending.popleft())
+                self._try(self._pending.popleft())
 
     async def _next(self) -> Pending | None:
         async with self._changed:
@@ -151,6 +155,14 @@ class Answers:
             if not pending.recognition.done() and pending.recognition.cancel():
                 waiting -= len(pending.segment.samples)
 
+    def _try(self, pending: Pending) -> None:
+        try:
+            self._answer(pending)
+        except Exception:  # a bug met by one sentence must not end the listening
+            self.failed += 1
+            metrics.FAILED.inc()
+            log.exception("%s: a segment of %.1f s is lost", self._labels.source, pending.segment.duration_s)
+
     def _answer(self, pending: Pending) -> None:
         recognition = self._result(pending.segment, pending.recognition)
         transcript = None if recognition is None else self._transcript(pending, recognition)
@@ -161,7 +173,7 @@ class Answers:
                 metrics.DECODED_AT_PAUSE.inc()
             for sink in self._sinks:
                 sink.offer(transcript)
-        elif pending.shown:
+        if pending.shown and (transcript is None or transcript.lost):
             partial = Partial(pending.segment.id, self._labels.source, "", "", None, end=True)
             for sink in self._sinks:
                 sink.offer_partial(partial)
@@ -182,19 +194,22 @@ class Answers:
     def _transcript(self, pending: Pending, recognition: Recognition) -> Transcript | None:
         """Return the transcript; None where a gate or nobody's attention lets it through."""
         segment = pending.segment
+        continues, self._admitted = pending.continues and self._admitted, False
         if LOST in recognition.enforced:
             return self._given_up(segment, recognition)
         if (gate := self._gates.refuse(segment, recognition)) is not None:
             metrics.GATED.labels(gate).inc()
             log.debug("%s: a segment of %.1f s dropped: %s", self._labels.source, segment.duration_s, gate)
             return None
-        said = self._attention.admit(recognition, pending.began_at)
+        said = recognition if continues else self._attention.admit(recognition, pending.began_at)
+        self._admitted = said is not None
         if said is None:
             return None
         made = transcript_of(segment, said, self._labels, pending.early)
         return dataclasses.replace(made, text_raw=recognition.text)
 
-    def _given_up(self, segment: Segment, recognition: Recognition) -> Transcript:
+    def _given_up(self, segment: Segment, recognition: Recognition) -> Transcript | None:
+        """Return a transcript that says so; None where it may not have been for us, and is nobody's business."""
         self.lost += 1
         metrics.ENFORCED.labels(LOST).inc()
         level = logging.WARNING if self.lost == 1 else logging.DEBUG  # how often it happens is a metric
@@ -204,6 +219,8 @@ class Answers:
             self._labels.source,
             segment.duration_s,
         )
+        if self._attention.mode == PHRASE:
+            return None
         return dataclasses.replace(transcript_of(segment, recognition, self._labels), lost=True)
 
 

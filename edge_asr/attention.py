@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -47,6 +48,7 @@ class Attention:
         self._times: deque[tuple[float, float]] = deque(maxlen=REMEMBERED)
         """From when to when (exclusive) what began is heard, whoever says it."""
         self._ears: list[Attention] = []
+        self._ignored_at = -math.inf
 
     def ear(self) -> Attention:
         """Return the attention of one source: it does what this one is asked to, but its wake phrases are its own."""
@@ -64,6 +66,7 @@ class Attention:
         """End that: what begins from now on is nobody's."""
         for one in (self, *self._ears):
             one._end()
+            one._ignored_at = self._clock()
 
     def hears(self, started_at: float) -> bool:
         """Tell whether a segment that began at `started_at` (monotonic seconds) is worth recognising."""
@@ -78,7 +81,8 @@ class Attention:
         if said is None:
             metrics.UNADDRESSED.labels(self.mode).inc()
         elif recognition.tokens and not said.tokens:
-            self._listen_from(started_at, self._seconds)  # what followed may wait for its recognition already
+            if started_at >= self._ignored_at:
+                self._listen_from(started_at, self._seconds)  # what followed may wait for its recognition already
             return None
         return said
 

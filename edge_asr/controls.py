@@ -85,6 +85,7 @@ class Controls:
             try:
                 await asyncio.to_thread(_write, self._file, {"mute": self.muted, "preset": self.preset})
             except OSError as error:  # it holds all the same, until the next start
+                self._unkept = True
                 log.warning("cannot keep mute and preset for the next start: %s", error)
 
     def _do(self, name: str, arguments: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from edge_asr import metrics
 from edge_asr.answers import Answers, Gates, Labels, Pending, TranscriptSink
-from edge_asr.attention import Attention
+from edge_asr.attention import PHRASE, Attention
 from edge_asr.audio.source import AudioSource
 from edge_asr.budget import LatencyBudget
 from edge_asr.errors import EdgeAsrError
@@ -29,6 +29,9 @@ from edge_asr.speech.vad import SpeechDetector
 from edge_asr.types import CHUNK_S, SAMPLE_RATE, Chunk, Partial, Recognition, Samples, SegmentId, new_segment_id
 
 log = logging.getLogger(__name__)
+
+DRIFT = 0.01
+"""So much of the time that passes is forgiven a source that is ahead of it."""
 
 FILE_AHEAD_S = 5.0
 """A pipe with so much more sound than time has passed is no microphone's."""
@@ -53,6 +56,10 @@ class _Open:
     start: int
     began_at: float
     """Monotonic seconds of its first sample."""
+    since: float
+    """The same of what was split off before it, if anything: whoever was heard then is heard to the end."""
+    continues: bool = False
+    """It is the rest of a segment that was split."""
     id: SegmentId = field(default_factory=new_segment_id)
     revision: int = 0
     hypotheses: Hypotheses = field(default_factory=Hypotheses)
@@ -102,7 +109,8 @@ class Listener:
         self._recording = Recording()
         self._open: _Open | None = None
         self._stopping = self._muted = False
-        self._began_at: float | None = None
+        self._position: float | None = None
+        self._heard_at = 0.0
         self._ahead_s = 0.0
         """Seconds of sound that have come beyond the time that has passed."""
 
@@ -132,6 +140,7 @@ class Listener:
         finally:
             self._source.close()
             answering.cancel()
+            await asyncio.gather(answering, return_exceptions=True)  # it offers what is lost
 
     def stop(self) -> None:
         """End the source; `run` then completes what has been said and returns. What is still being said is dropped."""
@@ -159,14 +168,21 @@ class Listener:
 
     async def _hear(self, chunk: Chunk) -> None:
         self._recording.append(chunk)
-        position = chunk.captured_at - chunk.index / SAMPLE_RATE
-        self._began_at = position if self._began_at is None else self._began_at
-        self._ahead_s = self._began_at - position
+        self._follow(chunk)
         self._look_at_decodes()
         for event in self._segmenter.step(self._detector(chunk)):
             await self._handle(event)
         self._decode_what_grows()
         self._recording.forget(self._segmenter.earliest_needed)
+
+    def _follow(self, chunk: Chunk) -> None:
+        """Tell a file that is piped in, which runs away from the time, from a clock that drifts."""
+        position = chunk.captured_at - chunk.index / SAMPLE_RATE
+        passed_s = max(0.0, chunk.captured_at - self._heard_at)
+        self._heard_at = chunk.captured_at
+        ahead_s = self._ahead_s + (self._position - position if self._position is not None else 0.0)
+        self._position = position
+        self._ahead_s = max(0.0, ahead_s - DRIFT * passed_s)
 
     async def _interrupt(self) -> None:
         """Sound is missing from here on. What has paused is whole; half a command must not be acted on."""
@@ -207,16 +223,19 @@ class Listener:
             case Ended(start, end, speech):
                 await self._put(self._complete(self._still_open(), start, end, speech))
             case Split(start, end, speech):
-                whole = self._complete(self._still_open(), start, end, speech, ("split",))
-                self._begin(end)  # before the source is held up: whoever mutes it meanwhile drops this one
+                before = self._still_open()
+                whole = self._complete(before, start, end, speech, ("split",))
+                self._begin(end, before)  # before the source is held up: whoever mutes it meanwhile drops this one
                 await self._put(whole)
 
     def _still_open(self) -> _Open:
         assert self._open is not None  # the segmenter started it
         return self._open
 
-    def _begin(self, start: int) -> None:
-        self._open = _Open(start, self._recording.captured_at(start), decoded_at=self._segmenter.count)
+    def _begin(self, start: int, before: _Open | None = None) -> None:
+        began_at = self._recording.captured_at(start)
+        since = began_at if before is None else before.since
+        self._open = _Open(start, began_at, since, before is not None, decoded_at=self._segmenter.count)
         if self._pace.live:
             longest_s = self._budget.longest_s(self._scheduler.costs)
             self._segmenter.limit(round(longest_s / CHUNK_S))
@@ -224,7 +243,7 @@ class Listener:
 
     def _pause(self, current: _Open, start: int, end: int) -> None:
         """Decode at once: if the pause lasts, that is the answer. Not where it would hold others up."""
-        if not self._pace.live or not self._attention.hears(current.began_at):
+        if not self._pace.live or not self._attention.hears(current.since):
             return
         if current.decode is not None:  # of less than what is decoded now
             current.decode.cancel()
@@ -260,7 +279,7 @@ class Listener:
         None: it is not for us.
         """
         metrics.SEGMENTS.inc()
-        if not self._attention.hears(current.began_at):
+        if not self._attention.hears(current.since):
             metrics.UNADDRESSED.labels(self._attention.mode).inc()
             self._drop(current)
             return None
@@ -278,7 +297,7 @@ class Listener:
             recognition = self._submit(segment.samples, self._priority())
         shown = current.shown != ("", "")
         self._close(current)
-        return Pending(segment, recognition, at_pause, current.began_at, shown)
+        return Pending(segment, recognition, at_pause, current.since, shown, current.continues)
 
     def _drop(self, current: _Open) -> None:
         """Let what is being said come to nothing."""
@@ -323,7 +342,7 @@ class Listener:
         A failed decode, and what is not for us, leave it to the preset.
         """
         recognition = _result(decode)
-        said = None if recognition is None else self._attention.preview(recognition, current.began_at)
+        said = None if recognition is None else self._preview(current, recognition)
         if self._content_endpoint is not None and said is not None:
             least = min((token.confidence for token in said.tokens), default=0.0)
             self._segmenter.endpoint_after(self._content_endpoint.chunks(said.text, least))
@@ -339,7 +358,7 @@ class Listener:
         cost_ms = self._scheduler.costs.estimate_ms((end - current.start) * CHUNK_S)
         if not self._budget.allows_partial(cost_ms, (end - current.decoded_at) * CHUNK_S * 1e3, interval_ms):
             return
-        if not self._attention.hears(current.began_at):
+        if not self._attention.hears(current.since):
             return
         current.decoded_at = end
         if self._scheduler.idle:
@@ -347,8 +366,14 @@ class Listener:
         else:
             metrics.ENFORCED.labels("partial_skipped").inc()
 
+    def _preview(self, current: _Open, recognition: Recognition) -> Recognition | None:
+        """Return what may be shown; of the rest of what was split nothing is known until its beginning is."""
+        if current.continues and self._attention.mode == PHRASE:
+            return None
+        return self._attention.preview(recognition, current.since)
+
     def _offer_partial(self, current: _Open, recognition: Recognition) -> None:
-        seen = self._attention.preview(recognition, current.began_at)
+        seen = self._preview(current, recognition)
         shown = current.hypotheses.add([token.text for token in seen.tokens]) if seen is not None else ("", "")
         if shown in (("", ""), current.shown):
             return

@@ -10,13 +10,13 @@ from contextlib import asynccontextmanager
 
 import numpy as np
 import pytest
-from listening import Collector
+from listening import Collector, Exactly
 from prometheus_client import REGISTRY
 
 from edge_asr.answers import PENDING_LIMIT, Answers, Gates, Labels, Pending
-from edge_asr.attention import Attention
+from edge_asr.attention import PHRASE, Attention
 from edge_asr.errors import EngineError
-from edge_asr.types import SAMPLE_RATE, Marks, Recognition, Segment, Token, new_segment_id
+from edge_asr.types import SAMPLE_RATE, Marks, Recognition, Segment, Token, Transcript, new_segment_id
 
 PATIENCE_S = 20
 
@@ -136,6 +136,51 @@ async def test_an_engine_that_fails_on_one_costs_no_other(error: Exception, capl
     assert answers.failed == 1
     assert [(partial.id, partial.end) for partial in sink.partials] == [(first.segment.id, True)]
     assert ("ValueError" in caplog.text) == isinstance(error, ValueError), "a bug shows where it is"
+
+
+async def test_a_sink_that_fails_on_one_costs_no_other(caplog: pytest.LogCaptureFixture) -> None:
+    class Failing(Collector):
+        def offer(self, transcript: Transcript) -> None:
+            if transcript.text == "坏":
+                raise ValueError("a bug")
+            super().offer(transcript)
+
+    sink = Failing()
+    answers = Answers([sink], Labels("test", "fed", "none"), Gates(), Attention(), 10.0)
+    running = asyncio.create_task(answers.run())
+    for text in ("好", "坏", "又"):
+        segment = pending()
+        recognize(segment, text)
+        await answers.put(segment)
+    await answers.end()
+    await asyncio.wait_for(running, PATIENCE_S)
+    assert [transcript.text for transcript in sink.transcripts] == ["好", "又"]
+    assert answers.failed == 1
+    assert "a bug" in caplog.text
+
+
+async def test_what_was_shown_and_is_lost_is_taken_back() -> None:
+    async with answering(backlog_s=10.0) as (answers, sink):
+        shown = pending(8.0, shown=True)
+        await answers.put(shown)
+        last = pending(8.0)
+        await answers.put(last)
+        recognize(last, "好")
+    assert [transcript.lost for transcript in sink.transcripts] == [True, False]
+    assert [(partial.id, partial.end) for partial in sink.partials] == [(shown.segment.id, True)]
+
+
+async def test_what_may_not_have_been_for_us_is_counted_but_not_published_when_it_is_lost() -> None:
+    before, sink = lost(), Collector()
+    answers = Answers([sink], Labels("test", "fed", "none"), Gates(), Attention(PHRASE, Exactly("小爱")), 10.0)
+    running = asyncio.create_task(answers.run())
+    for _ in range(2):
+        await answers.put(segment := pending(8.0))
+    recognize(segment, "好")
+    await answers.end()
+    await asyncio.wait_for(running, PATIENCE_S)
+    assert sink.transcripts == []
+    assert answers.lost == lost() - before == 1
 
 
 async def test_a_second_loss_is_not_a_second_warning(caplog: pytest.LogCaptureFixture) -> None:

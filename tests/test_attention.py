@@ -167,6 +167,19 @@ def test_of_what_may_become_the_wake_phrase_nothing_is_shown_while_it_listens(
     assert (found and found.text) == shown
 
 
+def test_a_wake_phrase_from_before_it_was_told_to_ignore_opens_nothing(
+    make: Callable[[str], Attention], clock: Clock
+) -> None:
+    attention, began_at = make(PHRASE), clock.now
+    clock.now += 1
+    attention.ignore()
+    clock.now += 1
+    assert attention.admit(said("小爱同学"), began_at) is None
+    assert attention.admit(said("打开灯"), clock.now + 1) is None
+    assert attention.admit(said("小爱同学"), clock.now) is None
+    assert attention.admit(said("打开灯"), clock.now + 1) is not None
+
+
 @pytest.mark.parametrize(
     ("mode", "text", "shown"),
     [

@@ -216,6 +216,26 @@ def test_more_than_twenty_commands_in_a_second_are_refused_until_it_is_over(cloc
     assert len(appliance.asked) == 21
 
 
+def test_mute_gets_through_however_much_else_comes(clock: Clock) -> None:
+    appliance = Appliance()
+    for count in range(100):
+        appliance.receive(f"x{count}", "on")
+        appliance.receive("listen", json.dumps({"seconds": 1 + count}))
+    appliance.receive("mute", "on")
+    assert appliance.asked[-1] == ("mute", {"mute": True})
+
+
+def test_what_was_retained_once_is_not_obeyed_again_on_the_next_connection(clock: Clock) -> None:
+    appliance = Appliance()
+    appliance.receive("mute", "off", retained=True)
+    appliance.receive("mute", "on")
+    appliance.receive("mute", "off", retained=True)
+    assert [arguments["mute"] for _, arguments in appliance.asked] == [False, True]
+    appliance.receive("mute", "on", retained=True)
+    appliance.receive("mute", "off", retained=True)
+    assert [arguments["mute"] for _, arguments in appliance.asked] == [False, True, True, False]
+
+
 def test_commands_that_never_end_do_not_pile_up(clock: Clock) -> None:
     appliance = Appliance()
     for _ in range(100):

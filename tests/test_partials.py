@@ -21,7 +21,7 @@ from edge_asr.pipeline import Listener, Pace
 from edge_asr.recognizer.hypotheses import UNSETTLED
 from edge_asr.recognizer.scheduler import Priority, Scheduler
 from edge_asr.speech.segmenter import POST_ROLL, Rules, Segmenter
-from edge_asr.types import CHUNK_S, CHUNK_SAMPLES, Partial, Recognition, Samples, Token, Transcript
+from edge_asr.types import CHUNK_S, CHUNK_SAMPLES, Chunk, Partial, Recognition, Samples, Token, Transcript
 
 RULES = Rules(endpoint=5, pre_roll=2, min_speech=2)
 SPOKEN = "打开客厅的灯然后把空调调到二十六度再把窗帘拉上谢谢"
@@ -281,6 +281,40 @@ async def test_push_to_talk_decodes_nothing_of_what_nobody_asked_for() -> None:
     assert partials
     assert final.offset_s is not None
     assert final.offset_s < 2, "and after the time is over the next sentence is not for us"
+
+
+@pytest.mark.parametrize("mode", [PHRASE, PUSH_TO_TALK])
+async def test_the_rest_of_what_was_split_is_for_us_if_its_beginning_was(mode: str) -> None:
+    clock = Clock()
+    clock.now = 0.0
+    attention = Attention(mode, Exactly(SPOKEN[:2]), 3.0, clock)
+    if mode == PUSH_TO_TALK:
+        attention.listen(3.0)
+    texts = iter([SPOKEN[:8], "丁戊己", "不相干"])
+
+    def say(samples: Samples) -> Recognition:
+        text = next(texts)
+        return Recognition(text, tuple(Token(character, None, None, 1.0) for character in text), 1.0)
+
+    other = "." * 20 + "x" * 40 + "." * 10
+    pattern = "..." + "x" * 300 + "." * 10 + other
+    rules = Rules(endpoint=5, pre_roll=2, min_speech=2, max_length=250)
+    _, finals = await hear(pattern, Prompt(say), interval_ms=0, attention=attention, rules=rules)
+    first = SPOKEN[2:8] if mode == PHRASE else SPOKEN[:8]
+    assert [final.text for final in finals] == [first, "丁戊己"]
+
+
+@pytest.mark.parametrize("hours", [14, 30])
+async def test_a_pipe_from_a_clock_that_runs_fast_stays_a_microphone(hours: int) -> None:
+    scheduler = Prompt()
+    listener = Listener(
+        Fed(""), ByLevel(), Segmenter(RULES), scheduler, [Collector()], Labels("test", "fed", "prompt"), Gates(),
+        Pace(True, None), BUDGET,
+    )  # fmt: skip
+    silence = np.zeros(CHUNK_SAMPLES, np.float32)
+    for second in range(0, hours * 3600, 60):
+        listener._follow(Chunk(silence, round(second * 16_000 * 1.0001), float(second)))
+    assert listener._priority() == Priority.MICROPHONE
 
 
 async def test_a_wake_phrase_lets_its_sentence_through_and_no_other(caplog: pytest.LogCaptureFixture) -> None:

@@ -158,6 +158,7 @@ class MicrophoneSource:
         if not self._muted:
             self._muted = True
             self._end_recorder()
+            self._queue.clear()  # what was heard before is not to be heard after it
             self._interrupt(counted=False)
             self._change("muted", "")
 

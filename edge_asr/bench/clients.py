@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from concurrent.futures import CancelledError
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -38,16 +37,16 @@ async def asking(scheduler: Scheduler, clients: int) -> AsyncIterator[Served]:
     finally:
         for task in asked:
             task.cancel()
-        await asyncio.gather(*asked, return_exceptions=True)
+        ended = await asyncio.gather(*asked, return_exceptions=True)
+    for error in ended:
+        if isinstance(error, Exception):  # one that asks no more makes the figures better than they are
+            raise error
 
 
 async def _ask(scheduler: Scheduler, number: int, served: Served) -> None:
     samples = _recording(number)
     while True:
-        try:
-            found = await asyncio.wrap_future(scheduler.submit(samples, Priority.NETWORK))
-        except CancelledError:  # everything stops
-            return
+        found = await asyncio.wrap_future(scheduler.submit(samples, Priority.NETWORK))
         served.requests += 1
         served.cut += "cut" in found.enforced
 

@@ -45,6 +45,23 @@ class CommandError(EdgeAsrError):
     """A command cannot be obeyed; its text is the answer."""
 
 
+class _Lane:
+    """How many commands came lately, and are being obeyed."""
+
+    def __init__(self) -> None:
+        self._taken_at: deque[float] = deque(maxlen=RATE_LIMIT)
+        self.pending: list[Future[Mapping[str, Any]]] = []
+
+    def admit(self, now: float) -> None:
+        """Raise CommandError where there are too many."""
+        if len(self._taken_at) == RATE_LIMIT and now - self._taken_at[0] < 1:
+            raise CommandError(f"more than {RATE_LIMIT} commands in a second; send fewer")
+        self.pending = [future for future in self.pending if not future.done()]
+        if len(self.pending) >= PENDING_LIMIT:
+            raise CommandError(f"{PENDING_LIMIT} commands are still being obeyed; wait for their answers")
+        self._taken_at.append(now)
+
+
 class Commands:
     """Takes the messages below `<prefix>/cmd/`, has them obeyed, and keeps the answers until they are published.
 
@@ -60,9 +77,11 @@ class Commands:
         self._root = f"{prefix}/cmd/"
         self._command = command
         self._wake = wake
-        self._taken_at: deque[float] = deque(maxlen=RATE_LIMIT)
+        self._lanes = {True: _Lane(), False: _Lane()}
+        """Mute has one of its own: it must get through, however much else comes."""
         self._obeyed: dict[tuple[str, bytes], float] = {}  # of the last REPEAT_S, so at most REPEAT_S * RATE_LIMIT
-        self._pending: list[Future[Mapping[str, Any]]] = []
+        self._retained: dict[str, bytes] = {}
+        """What the broker kept of each that says how things shall be, as it was delivered last."""
 
     def receive(self, topic: str, payload: bytes, retained: bool) -> None:
         """Obey a message, refuse it with an answer, or ignore it where it is none of ours."""
@@ -77,28 +96,23 @@ class Commands:
 
     def _is_old(self, name: str, payload: bytes, retained: bool) -> bool:
         if name in IDEMPOTENT:
-            return not payload  # so a retained message is removed
+            again = retained and self._retained.get(name) == payload  # another connection is no other wish
+            if retained:
+                self._retained[name] = payload[:PAYLOAD_LIMIT]
+            return again or not payload  # so a retained message is removed
         repeated = time.monotonic() - self._obeyed.get((name, payload), -REPEAT_S) < REPEAT_S
         return retained or repeated
 
     def _obey(self, name: str, payload: bytes) -> None:
         now = time.monotonic()
-        self._admit(now)
-        arguments = parse(name, payload)
+        arguments = parse(name, payload)  # nonsense takes nobody's place
+        lane = self._lanes[arguments.get("mute") is True]
+        lane.admit(now)
         self._obeyed = {key: at for key, at in self._obeyed.items() if now - at < REPEAT_S}
         self._obeyed[name, payload] = now
         future = self._command(name, arguments)
-        self._pending.append(future)
+        lane.pending.append(future)
         future.add_done_callback(functools.partial(self._conclude, name))
-
-    def _admit(self, now: float) -> None:
-        """Raise CommandError where there are too many commands."""
-        if len(self._taken_at) == RATE_LIMIT and now - self._taken_at[0] < 1:
-            raise CommandError(f"more than {RATE_LIMIT} commands in a second; send fewer")
-        self._pending = [future for future in self._pending if not future.done()]
-        if len(self._pending) >= PENDING_LIMIT:
-            raise CommandError(f"{PENDING_LIMIT} commands are still being obeyed; wait for their answers")
-        self._taken_at.append(now)
 
     def _conclude(self, name: str, future: Future[Mapping[str, Any]]) -> None:
         with self._answering_failures(name):
