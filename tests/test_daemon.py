@@ -79,7 +79,7 @@ def check_transcript(payload: dict[str, Any], began_at: datetime) -> None:
     assert (end - start).total_seconds() == pytest.approx(payload["duration_s"], abs=0.002)
     assert 0 <= payload["offset_s"] < 2
     trace = payload["latency_ms"]
-    assert set(trace) == {"endpoint", "queue", "features", "encoder", "cif", "decoder", "response", "total"}
+    assert set(trace) == {"endpoint", "capture", "queue", "features", "encoder", "cif", "decoder", "response", "total"}
     assert trace["endpoint"] > 250, "the default preset waits for 384 ms after what the detector takes for the end"
     assert trace["total"] == pytest.approx(trace["endpoint"] + trace["response"], abs=0.1)
     assert payload["within_budget"] is (trace["response"] <= 300)
