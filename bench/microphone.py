@@ -31,7 +31,8 @@ from pulse import MICROPHONE, PulseServer, missing_parts
 
 from edge_asr.app import Daemon, segment_rules
 from edge_asr.audio.source import Chunker
-from edge_asr.config import Config, GatesConfig, MicrophoneSourceConfig, MqttConfig, SegmentConfig
+from edge_asr.config import Config, GatesConfig, MicrophoneSourceConfig, SegmentConfig
+from edge_asr.config_mqtt import MqttConfig
 from edge_asr.ladder import load_ladder
 from edge_asr.logs import set_up
 from edge_asr.recognizer.bundle import read_bundle

@@ -10,44 +10,24 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Discriminator,
     Field,
-    SecretStr,
     Tag,
     ValidationInfo,
     field_validator,
 )
 
 from edge_asr.catalogue import BUNDLED, CATALOGUE
+from edge_asr.config_fields import Integer, Number, Section, UserPath
+from edge_asr.config_mqtt import HermesConfig, HomeAssistantConfig, MqttConfig, OutboxConfig
 from edge_asr.errors import ConfigError
 
 BUNDLED_MODEL = Path(__file__).resolve().parents[1] / "engines" / BUNDLED.name
 PULLED_LAST = "default"
 """File beside the pulled models that names the one pulled last."""
-MAX_MQTT_BYTES = 65_535
-"""The longest string that MQTT carries."""
-UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ufdd0-\ufdef\ufffe\uffff]")
-"""Control characters and those that are none: a broker may hang up when it meets one."""
 NUMBERED = re.compile(r"\s*(?:(?:plug)?hw:(?:CARD=)?)?\d+\s*(?:,.*)?$")
 """A device by the number that PortAudio or ALSA has given it for now."""
-
-
-def _expand(path: Path) -> Path:
-    if "\0" in str(path):
-        raise ValueError("should be a path, without a NUL character in it")
-    try:
-        return path.expanduser()
-    except RuntimeError as error:
-        raise ValueError("there is no home directory for '~'; give an absolute path") from error
-
-
-def _readable(path: Path) -> Path:
-    if not os.access(path, os.R_OK) or not path.is_file():
-        raise ValueError(f"cannot read {path}; create it or correct the path")
-    return path
 
 
 def _bundle(path: Path) -> Path:
@@ -75,41 +55,6 @@ def _chosen(value: Any, info: ValidationInfo) -> Any:
     return models / name
 
 
-def _encodable(value: str) -> str:
-    try:
-        size = len(value.encode())
-    except UnicodeEncodeError as error:
-        raise ValueError("should be text in UTF-8") from error
-    if size > MAX_MQTT_BYTES:
-        raise ValueError(f"should be at most {MAX_MQTT_BYTES} bytes long")
-    return value
-
-
-def _secret(value: SecretStr) -> SecretStr:
-    _encodable(value.get_secret_value())
-    return value
-
-
-def _mqtt_text(value: str) -> str:
-    if UNPRINTABLE.search(_encodable(value)):
-        raise ValueError("should be text without control characters")
-    return value
-
-
-def _topic(value: str) -> str:
-    if not value or value.startswith(("/", "$")) or value.endswith("/") or re.search(r"[+#]|//", value):
-        raise ValueError("should be a topic without '+', '#', a leading '/' or '$', or a trailing '/'")
-    return value
-
-
-def _host(value: str) -> str:
-    try:
-        value.encode("idna")
-    except UnicodeError as error:
-        raise ValueError("should be the name or address of a host") from error
-    return value
-
-
 def _web_address(value: str) -> str:
     if not re.fullmatch(r"https?://[^\s/?#]+[^\s?#]*", value):
         raise ValueError("should be an address such as https://nas.local/models")
@@ -128,13 +73,6 @@ def _device(value: Any) -> Any:
 def _phrase(value: str) -> str:
     if not re.search(r"[^\W_]", value):
         raise ValueError("should be words, such as 打开客厅灯")
-    return value
-
-
-def _number(value: Any) -> Any:
-    # YAML reads yes, no, on and off as booleans, and pydantic would go on to read those as 1 and 0.
-    if isinstance(value, bool):
-        raise ValueError("should be a number, not yes or no")
     return value
 
 
@@ -171,18 +109,6 @@ def pulled_last(models: Path) -> str | None:
         raise ConfigError(
             f"cannot read {error.filename} ({error.strerror}); make it readable, or set `model`"
         ) from error
-
-
-Integer = Annotated[int, BeforeValidator(_number)]
-Number = Annotated[float, BeforeValidator(_number)]
-UserPath = Annotated[Path, AfterValidator(_expand)]
-MqttText = Annotated[str, AfterValidator(_mqtt_text)]
-
-
-class Section(BaseModel):
-    """What all sections share: they are frozen and refuse unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class ModelsConfig(Section):
@@ -353,55 +279,6 @@ class GatesConfig(Section):
     """A transcript with more tokens per second of speech is dropped."""
 
 
-class MqttConfig(Section):
-    """The broker, and how to publish on it."""
-
-    enabled: bool = True
-    host: Annotated[MqttText, AfterValidator(_host)] = Field(default="127.0.0.1", min_length=1)
-    port: Integer = Field(default=1883, ge=1, le=65535)
-    username: Annotated[MqttText, Field(min_length=1)] | None = None
-    password: Annotated[SecretStr, AfterValidator(_secret)] | None = None
-    password_file: Annotated[UserPath, AfterValidator(_readable)] | None = None
-    """A file that holds the password, so that it need not stand in the configuration."""
-    client_id: Annotated[MqttText, Field(min_length=1)] | None = None
-    """Null: made from the device id."""
-    base: Annotated[MqttText, AfterValidator(_topic)] = Field(default="edge_asr", max_length=200)
-    """Topics are `<base>/<device_id>/...`."""
-    keepalive_s: Integer = Field(default=30, ge=5, le=65535)
-    reconnect_min_s: Number = Field(default=0.5, gt=0, le=3600)
-    reconnect_max_s: Number = Field(default=30.0, gt=0, le=3600)
-    live_for_s: Number = Field(default=5.0, gt=0, le=3600)
-    """An older transcript is not published on `said`: nobody should act on it any more."""
-    commands: bool = True
-    """Obey `<base>/<device_id>/cmd/...`: whoever may publish there may mute the appliance."""
-
-    # Rules about two keys stand at the later one: those of a whole section are skipped when any of its keys is wrong.
-    @field_validator("password", "password_file")
-    @classmethod
-    def _password_belongs_to_a_user(cls, value: SecretStr | Path | None, info: ValidationInfo) -> Any:
-        if value is not None and info.data.get("password") is not None:
-            raise ValueError("password and password_file are both set; keep one")
-        if value is not None and info.data.get("username", "") is None:
-            raise ValueError("a password needs a username; set username")
-        return value
-
-    @field_validator("reconnect_max_s")
-    @classmethod
-    def _pauses_grow(cls, longest: float, info: ValidationInfo) -> float:
-        if info.data.get("reconnect_min_s", 0) > longest:
-            raise ValueError("is less than reconnect_min_s; raise it, or lower the other")
-        return longest
-
-    def read_password(self) -> str | None:
-        """Return the password, from the file where one is named; raise ConfigError where it cannot be read."""
-        if self.password_file is None:
-            return None if self.password is None else self.password.get_secret_value()
-        try:
-            return self.password_file.read_text(encoding="utf-8").rstrip("\r\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"mqtt.password_file: cannot read {self.password_file}: {error}") from error
-
-
 class LogConfig(Section):
     """What is logged."""
 
@@ -428,6 +305,9 @@ class Config(Section):
     budget: BudgetConfig = BudgetConfig()
     gates: GatesConfig = GatesConfig()
     mqtt: MqttConfig = MqttConfig()
+    outbox: OutboxConfig = OutboxConfig()
+    home_assistant: HomeAssistantConfig = HomeAssistantConfig()
+    hermes: HermesConfig = HermesConfig()
     drain_s: Number = Field(default=10.0, ge=0, le=300)
     """Seconds that pending work may take when the daemon stops."""
     log: LogConfig = LogConfig()

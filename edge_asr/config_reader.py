@@ -16,12 +16,25 @@ from pydantic import SecretStr, ValidationError
 from pydantic_core import ErrorDetails
 
 from edge_asr.catalogue import CATALOGUE
-from edge_asr.config import SOURCE_KINDS, Config, FileSourceConfig, Section
+from edge_asr.config import SOURCE_KINDS, Config, FileSourceConfig
+from edge_asr.config_fields import Section
 from edge_asr.errors import ConfigError
 
 ENV_PREFIX = "EDGE_ASR_"
 """`EDGE_ASR_MQTT__PORT=1884` sets `mqtt.port`: two underscores between the section and the key."""
-PATH_KEYS = (("state_dir",), ("model",), ("engine", "dir"), ("mqtt", "password_file"), ("sources", "*", "path"))
+PATH_KEYS = (
+    ("state_dir",),
+    ("model",),
+    ("engine", "dir"),
+    ("mqtt", "username_file"),
+    ("mqtt", "password_file"),
+    ("mqtt", "tls", "ca_file"),
+    ("mqtt", "tls", "cert_file"),
+    ("mqtt", "tls", "key_file"),
+    ("mqtt", "tls", "key_password_file"),
+    ("outbox", "file"),
+    ("sources", "*", "path"),
+)
 """Keys that hold a path: in a file they are relative to that file's folder, elsewhere to the working directory."""
 
 Key = tuple[str | int, ...]

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from mosquitto import Subscriber, wait_for
 
-from edge_asr.config import MqttConfig
+from edge_asr.config_mqtt import MqttConfig
 from edge_asr.publish.commands import Command
 from edge_asr.publish.mqtt import MqttPublisher
 from edge_asr.types import Transcript, new_segment_id

@@ -13,15 +13,16 @@ import yaml
 from pydantic import SecretStr, ValidationError
 
 from edge_asr import config as config_module
+from edge_asr import config_mqtt
 from edge_asr.config import (
     BUNDLED_MODEL,
     SOURCE_KINDS,
     Config,
     FileSourceConfig,
     MicrophoneSourceConfig,
-    Section,
     StdinSourceConfig,
 )
+from edge_asr.config_fields import Section
 from edge_asr.config_reader import PATH_KEYS, load_config, show_config
 from edge_asr.errors import ConfigError
 
@@ -71,7 +72,7 @@ def test_config_yaml_names_every_key_with_its_default() -> None:
 
 def test_config_yaml_comments_every_key() -> None:
     lines = EXAMPLE.read_text(encoding="utf-8").splitlines()
-    own_words = {"host", "port", "password_file", "reconnect_max_s", "mqtt", "engine", "segment", "budget", "log"}
+    own_words = {"host", "password_file", "reconnect_max_s", "mqtt", "engine", "segment", "budget", "log"}
     for before, line in itertools.pairwise(lines):
         key = re.match(r" *(\w+):", line)
         if key and key[1] not in own_words:
@@ -89,18 +90,27 @@ def test_the_example_sources_in_config_yaml_name_every_key_of_a_source() -> None
     assert len(Config.model_validate(data).sources) == 3
 
 
+def path_keys(section: type[Section]) -> Iterator[tuple[str, ...]]:
+    for key, info in section.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, Section):
+            yield from ((key, *rest) for rest in path_keys(info.annotation))
+        elif "Path" in str(info.annotation):
+            yield (key,)
+
+
 def test_every_path_key_is_known_to_be_relative_to_the_file() -> None:
     sections = {name: getattr(Config(), name) for name in Config.model_fields}
     found: set[tuple[str, ...]] = {(name,) for name, value in sections.items() if isinstance(value, Path)}
     for name, value in sections.items():
         if isinstance(value, Section):
-            found |= {(name, key) for key, info in type(value).model_fields.items() if "Path" in str(info.annotation)}
+            found |= {(name, *key) for key in path_keys(type(value))}
     found |= {("sources", "*", key) for key, info in FileSourceConfig.model_fields.items() if info.annotation is Path}
     assert found == set(PATH_KEYS)
 
 
 def test_every_section_explains_itself() -> None:
-    models = [value for value in vars(config_module).values() if isinstance(value, type) and issubclass(value, Section)]
+    modules = {**vars(config_module), **vars(config_mqtt)}
+    models = [value for value in modules.values() if isinstance(value, type) and issubclass(value, Section)]
     assert len(models) > 8
     assert all(model.__doc__ for model in models)
 
@@ -452,3 +462,38 @@ def test_the_default_device_id_is_the_host_name_in_plain_letters(
 ) -> None:
     monkeypatch.setattr("socket.gethostname", lambda: host)
     assert Config().device_id == device_id
+
+
+def test_tls_is_switched_on_by_a_word_or_a_file_and_has_its_own_port(tmp_path: Path) -> None:
+    (tmp_path / "ca.pem").touch()
+    assert (Config().mqtt.tls.enabled, Config().mqtt.port) == (False, 1883)
+    for tls in (True, {"enabled": True}, {"ca_file": tmp_path / "ca.pem"}):
+        mqtt = Config.model_validate({"mqtt": {"tls": tls}}).mqtt
+        assert (mqtt.tls.enabled, mqtt.port) == (True, 8883)
+    off = Config.model_validate({"mqtt": {"tls": {"enabled": False, "ca_file": tmp_path / "ca.pem"}}}).mqtt
+    assert (off.tls.enabled, off.port) == (False, 1883)
+    assert Config.model_validate({"mqtt": {"tls": True, "port": 1884}}).mqtt.port == 1884
+
+
+def test_the_version_of_mqtt_may_be_given_as_a_number() -> None:
+    assert load_config(None, ["mqtt.protocol=5"], {}).mqtt.protocol == "5"
+    assert Config.model_validate({"mqtt": {"protocol": 5}}).mqtt.protocol == "5"
+
+
+def test_a_time_is_given_in_seconds_or_with_a_unit() -> None:
+    for text, seconds in (("90", 90), ("90s", 90), ("30m", 1800), ("1.5h", 5400), ("7d", 604_800), ("0", 0)):
+        assert load_config(None, [f"outbox.keep={text}"], {}).outbox.keep == seconds
+    with pytest.raises(ConfigError, match=r"outbox.keep: should be a time such as 90s, 30m, 24h or 7d"):
+        load_config(None, ["outbox.keep=1w"], {})
+
+
+def test_user_and_password_come_from_files_or_from_systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "name").write_text("from a file\n")
+    mqtt = load_config(None, [f"mqtt.username_file={tmp_path / 'name'}", "mqtt.password=p"], {}).mqtt
+    assert (mqtt.read_username(), mqtt.read_password()) == ("from a file", "p")
+    assert (Config().mqtt.read_username(), Config().mqtt.read_password()) == (None, None)
+    (tmp_path / "mqtt_username").write_text("hall\n")
+    (tmp_path / "mqtt_password").write_text("secret\n")
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    assert (Config().mqtt.read_username(), Config().mqtt.read_password()) == ("hall", "secret")
+    assert load_config(None, ["mqtt.username=other"], {}).mqtt.read_username() == "other"

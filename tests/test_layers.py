@@ -19,6 +19,8 @@ LAYERS = {
     "errors": 0,
     "catalogue": 0,
     "config": 1,
+    "config_fields": 1,
+    "config_mqtt": 1,
     "config_reader": 1,
     "logs": 1,
     "metrics": 1,
@@ -62,7 +64,11 @@ LAYERS = {
 }
 """Layer of each module or folder right below the package."""
 ALSO_ALLOWED = {
+    ("config_mqtt", "config_fields"),
+    ("config", "config_fields"),
+    ("config", "config_mqtt"),
     ("config_reader", "config"),
+    ("config_reader", "config_fields"),
     ("engine", "recognizer"),
     ("answers", "attention"),
     ("pipeline", "attention"),

@@ -22,7 +22,8 @@ from edge_asr import logs, metrics
 from edge_asr.app import Daemon
 from edge_asr.bench.proc import Reading, cpu_share, read_process, trend, wakeups_per_s
 from edge_asr.bench.progress import Tick, shown
-from edge_asr.config import Config, ListenConfig, MqttConfig, StdinSourceConfig
+from edge_asr.config import Config, ListenConfig, StdinSourceConfig
+from edge_asr.config_mqtt import MqttConfig
 from edge_asr.errors import EdgeAsrError
 from edge_asr.fresh_state import fresh_state
 from edge_asr.types import CHUNK_S, CHUNK_SAMPLES, SAMPLE_RATE

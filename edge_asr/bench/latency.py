@@ -19,7 +19,8 @@ from edge_asr.bench.subscriber import subscribed
 from edge_asr.bench.tape import Tape, record_all
 from edge_asr.bench.verdict import Counts, judge, place
 from edge_asr.broker import HOST, serving
-from edge_asr.config import Config, FileSourceConfig, GatesConfig, ListenConfig, MqttConfig
+from edge_asr.config import Config, FileSourceConfig, GatesConfig, ListenConfig
+from edge_asr.config_mqtt import MqttConfig
 from edge_asr.errors import EdgeAsrError
 from edge_asr.fresh_state import fresh_state
 from edge_asr.types import SAMPLE_RATE

@@ -16,7 +16,7 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
 from typing import Any
 
-from edge_asr.config import MqttConfig
+from edge_asr.config_mqtt import MqttConfig
 from edge_asr.doctor.patient import CannotTellError, Patient
 from edge_asr.doctor.report import Finding, fail, ok, warn
 from edge_asr.errors import BundleError, EngineError

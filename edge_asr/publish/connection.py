@@ -14,7 +14,7 @@ from typing import Any
 import paho.mqtt.client as paho
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
 
-from edge_asr.config import MqttConfig
+from edge_asr.config_mqtt import MqttConfig
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edge_asr import metrics
-from edge_asr.config import MqttConfig
+from edge_asr.config_mqtt import MqttConfig
 from edge_asr.publish.commands import Command, Commands
 from edge_asr.publish.connection import Connection
 from edge_asr.publish.partials import Partials
