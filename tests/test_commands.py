@@ -8,6 +8,8 @@ from concurrent.futures import Future
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from edge_asr.errors import EdgeAsrError
 from edge_asr.publish import commands
@@ -72,6 +74,12 @@ class Appliance:
         ("listen", '{"seconds": null}', {"seconds": None}),
         ("listen", '{"seconds": 8}', {"seconds": 8.0}),
         ("listen", '{"seconds": 120}', {"seconds": 120.0}),
+        ("listen", '{"seconds": 0}', {"seconds": 0.0}),
+        ("reload", "", {}),
+        ("reload", " {}\n", {}),
+        ("flush", "", {}),
+        ("replay", '{"from_seq": 1}', {"from_seq": 1}),
+        ("replay", '{"from_seq": 9223372036854775807}', {"from_seq": 2**63 - 1}),
     ],
 )
 def test_a_payload_becomes_typed_arguments(name: str, payload: str, arguments: Mapping[str, Any]) -> None:
@@ -98,8 +106,22 @@ def test_a_payload_becomes_typed_arguments(name: str, payload: str, arguments: M
         ("listen", '{"second": 8}', "listen takes nothing"),
         ("listen", '{"seconds": 8', "listen takes nothing"),
         ("listen", "[" * 1024, "listen takes nothing"),
+        ("listen", '{"seconds": false}', "0 ends it"),
+        ("listen", '{"seconds": -1}', "from 1 to 120; 0 ends it"),
+        ("reload", "now", "reload takes nothing; send an empty payload"),
+        ("reload", '{"model": "/tmp"}', "reload takes nothing"),
+        ("flush", "null", "flush takes nothing; send an empty payload"),
+        ("replay", "", 'replay takes {"from_seq": n}'),
+        ("replay", "7", "from 1 on"),
+        ("replay", '{"from_seq": 0}', "from 1 on"),
+        ("replay", '{"from_seq": true}', "from 1 on"),
+        ("replay", '{"from_seq": 1.5}', "from 1 on"),
+        ("replay", '{"from_seq": "1"}', "from 1 on"),
+        ("replay", '{"from_seq": null}', "from 1 on"),
+        ("replay", '{"from_seq": 1, "to_seq": 2}', "from 1 on"),
+        ("replay", '{"from_seq": 9223372036854775808}', "from 1 on"),
         ("listen", " " * 1025, "the payload has 1025 bytes; 1024 are the limit"),
-        ("explode", "now", "there is no command explode; there are mute, preset, listen"),
+        ("explode", "now", "there is no command explode; there are mute, preset, listen, reload, flush, replay"),
     ],
 )
 def test_nonsense_is_refused_with_what_would_do(name: str, payload: str, words: str) -> None:
@@ -112,6 +134,43 @@ def test_nonsense_is_refused_with_what_would_do(name: str, payload: str, words: 
 def test_bytes_that_are_no_text_are_refused() -> None:
     with pytest.raises(CommandError, match="not UTF-8"):
         parse("mute", b"\xff\xfe")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from(["mute", "preset", "seconds", "from_seq"]), inner),
+    max_leaves=6,
+)
+
+
+@given(
+    st.sampled_from([*commands.READERS, "explode"]),
+    st.binary(max_size=1100) | JSON.map(lambda one: json.dumps(one).encode()),
+)
+def test_whatever_is_sent_becomes_typed_arguments_or_a_refusal_of_one_line(name: str, payload: bytes) -> None:
+    try:
+        arguments = parse(name, payload)
+    except CommandError as error:
+        why = str(error)
+    else:
+        _check(name, arguments)
+        return
+    assert len(why.splitlines()) == 1
+
+
+def _check(name: str, arguments: Mapping[str, Any]) -> None:
+    match name:
+        case "mute":
+            assert arguments["mute"] in (True, False)
+        case "preset":
+            assert arguments["preset"] in commands.PRESETS
+        case "listen":
+            assert arguments["seconds"] in (None, 0) or 1 <= arguments["seconds"] <= 120
+        case "replay":
+            assert 1 <= arguments["from_seq"] < 2**63
+        case _:
+            assert arguments == {}
+    assert len(arguments) <= 1
 
 
 def test_a_command_is_obeyed_and_answered_when_it_is_done() -> None:
@@ -159,9 +218,21 @@ def test_a_command_given_up_or_answered_with_what_is_no_json_is_refused() -> Non
     assert appliance.answers[0][1]["why"] == "it was given up"
 
 
+RETAINED = [
+    ("mute", "on"),
+    ("preset", "default"),
+    ("listen", '{"seconds": 8}'),
+    ("reload", ""),
+    ("flush", ""),
+    ("replay", '{"from_seq": 1}'),
+    ("replay", "nonsense"),
+    ("explode", "now"),
+]
+
+
 def test_only_mute_and_preset_are_obeyed_when_retained_and_emptying_them_means_nothing() -> None:
     appliance = Appliance()
-    for name, payload in (("mute", "on"), ("preset", "default"), ("listen", '{"seconds": 8}'), ("explode", "now")):
+    for name, payload in RETAINED:
         appliance.receive(name, payload, retained=True)
     for retained in (True, False):  # the broker tells those who are there already without the mark
         for name in ("mute", "preset"):
@@ -186,6 +257,54 @@ def test_a_repeat_within_five_seconds_is_ignored_but_for_mute_and_preset(clock: 
         appliance.receive("preset", "default")
     assert len(appliance.asked) == 9
     assert appliance.answers == []  # ignored, not refused
+
+
+@pytest.mark.parametrize(
+    ("name", "payload", "same"),
+    [("reload", "", "{}"), ("flush", "", " "), ("replay", '{"from_seq": 7}', '{"from_seq":7}')],
+)
+def test_the_same_wish_in_other_words_is_a_repeat_too(clock: Clock, name: str, payload: str, same: str) -> None:
+    appliance = Appliance()
+    for sent in (payload, payload, same):
+        appliance.receive(name, sent)
+    assert len(appliance.asked) == 1
+    assert appliance.answers == []
+    clock.now += 5
+    appliance.receive(name, same)
+    assert len(appliance.asked) == 2
+
+
+def test_a_button_that_is_pressed_released_and_pressed_again_is_no_repeat(clock: Clock) -> None:
+    appliance = Appliance()
+    for seconds in (8, 0, 0, 8, 8, 0, 8):
+        appliance.receive("listen", json.dumps({"seconds": seconds}))
+    assert [arguments["seconds"] for _, arguments in appliance.asked] == [8, 0, 8, 0, 8]
+
+
+def test_what_is_obeyed_on_the_spot_is_not_asked_of_the_appliance_and_is_answered_as_well() -> None:
+    appliance = Appliance()
+    asked: list[Mapping[str, Any]] = []
+
+    def replay(arguments: Mapping[str, Any]) -> Future[Mapping[str, Any]]:
+        asked.append(arguments)
+        done: Future[Mapping[str, Any]] = Future()
+        done.set_result({"rows": 3})
+        return done
+
+    def flush(arguments: Mapping[str, Any]) -> Future[Mapping[str, Any]]:
+        raise EdgeAsrError("the outbox is closed")
+
+    local = {"replay": replay, "flush": flush}
+    appliance.commands = Commands("edge_asr/hall", appliance.obey, appliance.wake, local)
+    appliance.receive("replay", '{"from_seq": 4}')
+    appliance.receive("flush")
+    appliance.receive("reload")
+    assert asked == [{"from_seq": 4}]
+    assert appliance.asked == [("reload", {})]
+    assert appliance.answers == [
+        ("edge_asr/hall/cmd/replay/result", {"ok": True, "rows": 3}),
+        ("edge_asr/hall/cmd/flush/result", {"ok": False, "why": "the outbox is closed"}),
+    ]
 
 
 def test_a_refused_command_may_be_sent_again_at_once(clock: Clock) -> None:
@@ -221,8 +340,10 @@ def test_mute_gets_through_however_much_else_comes(clock: Clock) -> None:
     for count in range(100):
         appliance.receive(f"x{count}", "on")
         appliance.receive("listen", json.dumps({"seconds": 1 + count}))
+        appliance.receive("replay", json.dumps({"from_seq": 1 + count}))
     appliance.receive("mute", "on")
     assert appliance.asked[-1] == ("mute", {"mute": True})
+    assert len(appliance.asked) == 21
 
 
 def test_what_was_retained_once_is_not_obeyed_again_on_the_next_connection(clock: Clock) -> None:

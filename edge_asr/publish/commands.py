@@ -6,11 +6,13 @@ import contextlib
 import functools
 import json
 import logging
+import math
 import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import CancelledError, Future
+from types import MappingProxyType
 from typing import Any, get_args
 
 from edge_asr.config import SegmentConfig
@@ -21,6 +23,12 @@ log = logging.getLogger(__name__)
 
 Command = Callable[[str, Mapping[str, Any]], "Future[Mapping[str, Any]]"]
 """Obeys a command, given by its name and typed arguments, without blocking; the future holds what to answer."""
+Local = Callable[[Mapping[str, Any]], "Future[Mapping[str, Any]]"]
+"""Obeys one command on the publisher thread."""
+NOTHING_LOCAL: Mapping[str, Local] = MappingProxyType({})
+Wish = tuple[Any, ...]
+"""A command's name, and its arguments as pairs."""
+STOP_LISTENING: Wish = ("listen", ("seconds", 0.0))
 PAYLOAD_LIMIT = 1024
 """Bytes of a command's payload."""
 REPEAT_S = 5.0
@@ -35,7 +43,9 @@ IDEMPOTENT = ("mute", "preset")
 """They say how things shall be, so they may be retained and repeated."""
 PRESETS = get_args(SegmentConfig.model_fields["preset"].annotation)
 LISTEN_S = (1, 120)
-"""Seconds that listening may be asked for."""
+"""Seconds that listening may be asked for; 0 ends it."""
+LAST_SEQ = 2**63 - 1
+"""The highest number that a row of the outbox can have."""
 SWITCH = {"on": True, "true": True, "1": True, "off": False, "false": False, "0": False}
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 """What is worth an answer: it is published on a topic of that name."""
@@ -68,8 +78,10 @@ class Commands:
     Only the publisher thread calls it; the futures end on any thread, and nothing that goes wrong is raised.
     """
 
-    def __init__(self, prefix: str, command: Command, wake: Callable[[], None]) -> None:
-        """`wake` is called, from any thread, when there is an answer."""
+    def __init__(
+        self, prefix: str, command: Command, wake: Callable[[], None], local: Mapping[str, Local] = NOTHING_LOCAL
+    ) -> None:
+        """`wake` is called, from any thread, when there is an answer; `local` obeys these by name, others `command`."""
         self.topics = f"{prefix}/cmd/+"
         """What to subscribe to."""
         self.answers: deque[tuple[str, str]] = deque(maxlen=ANSWERS_LIMIT)
@@ -77,9 +89,10 @@ class Commands:
         self._root = f"{prefix}/cmd/"
         self._command = command
         self._wake = wake
+        self._local = local
         self._lanes = {True: _Lane(), False: _Lane()}
         """Mute has one of its own: it must get through, however much else comes."""
-        self._obeyed: dict[tuple[str, bytes], float] = {}  # of the last REPEAT_S, so at most REPEAT_S * RATE_LIMIT
+        self._obeyed: dict[Wish, float] = {}  # of the last REPEAT_S, so at most REPEAT_S * RATE_LIMIT
         self._retained: dict[str, bytes] = {}
         """What the broker kept of each that says how things shall be, as it was delivered last."""
 
@@ -89,30 +102,42 @@ class Commands:
         if not NAME.fullmatch(name):
             log.debug("a message on %r is no command", topic)
         elif self._is_old(name, payload, retained):
-            log.debug("the command %s is ignored: retained, emptied or repeated", name)
+            log.debug("the command %s is ignored: retained or emptied", name)
         else:
             with self._answering_failures(name):
                 self._obey(name, payload)
 
     def _is_old(self, name: str, payload: bytes, retained: bool) -> bool:
-        if name in IDEMPOTENT:
-            again = retained and self._retained.get(name) == payload  # another connection is no other wish
-            if retained:
-                self._retained[name] = payload[:PAYLOAD_LIMIT]
-            return again or not payload  # so a retained message is removed
-        repeated = time.monotonic() - self._obeyed.get((name, payload), -REPEAT_S) < REPEAT_S
-        return retained or repeated
+        if name not in IDEMPOTENT:
+            return retained
+        again = retained and self._retained.get(name) == payload  # another connection is no other wish
+        if retained:
+            self._retained[name] = payload[:PAYLOAD_LIMIT]
+        return again or not payload  # so a retained message is removed
 
     def _obey(self, name: str, payload: bytes) -> None:
         now = time.monotonic()
         arguments = parse(name, payload)  # nonsense takes nobody's place
+        wish = name, *arguments.items()
+        if name not in IDEMPOTENT and now - self._obeyed.get(wish, -math.inf) < REPEAT_S:
+            log.debug("the command %s is ignored: repeated", name)
+            return
         lane = self._lanes[arguments.get("mute") is True]
         lane.admit(now)
-        self._obeyed = {key: at for key, at in self._obeyed.items() if now - at < REPEAT_S}
-        self._obeyed[name, payload] = now
-        future = self._command(name, arguments)
+        self._remember(wish, now)
+        obey = self._local.get(name)
+        future = self._command(name, arguments) if obey is None else obey(arguments)
         lane.pending.append(future)
         future.add_done_callback(functools.partial(self._conclude, name))
+
+    def _remember(self, wish: Wish, now: float) -> None:
+        """Note what was obeyed just now; what was asked before listening was ended may be asked again."""
+        self._obeyed = {
+            key: at
+            for key, at in self._obeyed.items()
+            if now - at < REPEAT_S and not (key[0] == wish[0] and STOP_LISTENING in (key, wish))
+        }
+        self._obeyed[wish] = now
 
     def _conclude(self, name: str, future: Future[Mapping[str, Any]]) -> None:
         with self._answering_failures(name):
@@ -138,7 +163,8 @@ class Commands:
 def parse(name: str, payload: bytes) -> Mapping[str, Any]:
     """Return the typed arguments of a command; raise CommandError where there is no such command or it says nonsense.
 
-    mute: `{"mute": bool}`; preset: `{"preset": str}`, one of those there are; listen: `{"seconds": float | None}`.
+    mute: `{"mute": bool}`; preset: `{"preset": str}`, one of those there are; listen: `{"seconds": float | None}`,
+    where 0 ends it; reload and flush: `{}`; replay: `{"from_seq": int}`, from 1 on.
     """
     reader = READERS.get(name)
     if reader is None:
@@ -173,12 +199,33 @@ def _listen(text: str) -> Mapping[str, Any]:
     seconds = _object(text or "{}", "seconds").get("seconds")
     if seconds is None:
         return {"seconds": None}
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not shortest <= seconds <= longest:
-        raise CommandError(f'listen takes nothing, or {{"seconds": n}} with n from {shortest} to {longest}')
+    is_number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+    if not is_number or not (seconds == 0 or shortest <= seconds <= longest):
+        raise CommandError(f'listen takes nothing, or {{"seconds": n}} with n from {shortest} to {longest}; 0 ends it')
     return {"seconds": float(seconds)}
 
 
-READERS: dict[str, Callable[[str], Mapping[str, Any]]] = {"mute": _mute, "preset": _preset, "listen": _listen}
+def _nothing(text: str, *, name: str) -> Mapping[str, Any]:
+    if text not in ("", "{}"):
+        raise CommandError(f"{name} takes nothing; send an empty payload")
+    return {}
+
+
+def _replay(text: str) -> Mapping[str, Any]:
+    first = _object(text, "from_seq").get("from_seq")
+    if isinstance(first, bool) or not isinstance(first, int) or not 1 <= first <= LAST_SEQ:
+        raise CommandError('replay takes {"from_seq": n}: the number of the first transcript wanted, from 1 on')
+    return {"from_seq": first}
+
+
+READERS: dict[str, Callable[[str], Mapping[str, Any]]] = {
+    "mute": _mute,
+    "preset": _preset,
+    "listen": _listen,
+    "reload": functools.partial(_nothing, name="reload"),
+    "flush": functools.partial(_nothing, name="flush"),
+    "replay": _replay,
+}
 """What makes typed arguments of the payload of each command there is."""
 
 
