@@ -63,7 +63,7 @@ class Attention:
         return wanted
 
     def ignore(self) -> None:
-        """End that: what begins from now on is nobody's."""
+        """End that: what begins from now on is nobody's; what began before is heard to its end."""
         for one in (self, *self._ears):
             one._end()
             one._ignored_at = self._clock()

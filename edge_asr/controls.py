@@ -120,7 +120,13 @@ class Controls:
         return {"preset": preset}
 
     def listen(self, seconds: float | None) -> Mapping[str, Any]:
-        """Hear whoever speaks for so many seconds. Raises EdgeAsrError."""
+        """Hear whoever speaks for so many seconds; 0: no longer, but whoever speaks just now is heard to the end.
+
+        Raises EdgeAsrError.
+        """
+        if seconds == 0:
+            self._attention.ignore()
+            return {"listen": self._attention.mode, "seconds": 0.0}
         if self.muted:
             raise EdgeAsrError("muted; send off to cmd/mute first")
         if not self._heard:

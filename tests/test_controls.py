@@ -21,6 +21,7 @@ from edge_asr.errors import EdgeAsrError
 from edge_asr.pipeline import Listener
 from edge_asr.sources import WatchedSource
 from edge_asr.speech.completeness import ContentEndpoint
+from edge_asr.types import Recognition, Token
 
 
 class Ear:
@@ -129,6 +130,24 @@ async def test_it_listens_when_asked_to(make: Callable[..., Controls], mode: str
     controls = make(mode)
     listen_with(controls)
     assert await controls.obey("listen", {"seconds": 3.0}) == result
+
+
+@pytest.mark.parametrize("mode", [ALWAYS, PUSH_TO_TALK, PHRASE])
+async def test_it_stops_listening_when_asked_to_also_while_it_does_not_listen(
+    make: Callable[..., Controls], clock: Clock, mode: str
+) -> None:
+    attention = Attention(mode, Exactly("小爱同学"), 8.0, clock)
+    controls = make(attention=attention)
+    assert await controls.obey("listen", {"seconds": 0.0}) == {"listen": mode, "seconds": 0.0}
+    listen_with(controls)
+    controls.listen(8.0)
+    began_at, clock.now = clock.now + 1, clock.now + 2
+    controls.listen(0.0)
+    said = Recognition("灯", (Token("灯", None, None, 1.0),), 1.0)
+    assert attention.admit(said, began_at) == said, "who spoke already is heard to the end"
+    assert (attention.admit(said, clock.now) is None) == (mode != ALWAYS)
+    controls.mute(True)
+    assert controls.listen(0.0) == {"listen": mode, "seconds": 0.0}
 
 
 async def test_it_listens_for_the_configured_time_where_none_is_said(make: Callable[..., Controls]) -> None:

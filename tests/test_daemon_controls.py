@@ -62,10 +62,10 @@ def in_one_breath(*names: str, pause_s: float = 0.0) -> Samples:
     return np.concatenate([silence(0.3), *parts, silence(0.3)])
 
 
-def tell(daemon: Daemon, samples: Samples) -> None:
+def tell(daemon: Daemon, samples: Samples, tail_s: float = TAIL_S) -> None:
     """Say something into standard input, and return when it has been heard."""
     assert daemon.process.stdin is not None
-    sound = np.concatenate([samples, silence(TAIL_S)])
+    sound = np.concatenate([samples, silence(tail_s)])
     daemon.process.stdin.write((sound * 32767).astype("<i2").tobytes())
     daemon.process.stdin.flush()
     wait_for(lambda: not unread(daemon), "everything has been heard")
@@ -315,8 +315,13 @@ def test_push_to_talk_hears_a_sentence_when_asked_to_and_no_other(
         wait_out(1.0)
         tell(daemon, sound_of(NAMES[2]))
         assert command(broker, subscriber, "listen", '{"seconds": 120}')["seconds"] == 120.0
-        tell(daemon, sound_of(NAMES[3]))
-        subscriber.wait_for(lambda s: len(s.on("transcript")) == 2, "what was said when asked again")
+        half = len(sound_of(NAMES[3])) // 2
+        tell(daemon, sound_of(NAMES[3])[:half], tail_s=0)
+        ended = command(broker, subscriber, "listen", '{"seconds": 0}')
+        assert ended == {"ok": True, "listen": "push_to_talk", "seconds": 0.0}
+        tell(daemon, sound_of(NAMES[3])[half:])
+        subscriber.wait_for(lambda s: len(s.on("transcript")) == 2, "what was said when asked again, to its end")
+        tell(daemon, sound_of(NAMES[2]))
         assert daemon.stop() == 0
         subscriber.wait_for(is_offline, "offline")
         assert texts_on(subscriber, "said") == texts_on(subscriber, "transcript") == SENTENCES[1:4:2]
