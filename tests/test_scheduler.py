@@ -255,6 +255,32 @@ async def test_an_old_engine_that_cannot_be_released_does_not_end_the_thread(cap
     await scheduler.close()
 
 
+async def test_when_the_first_engine_cannot_be_loaded_nobody_waits_for_it() -> None:
+    go_on = threading.Event()
+
+    def load() -> Named:
+        assert go_on.wait(PATIENCE_S)
+        raise EngineError("on purpose")
+
+    scheduler, new = Scheduler(load), Named("new")
+    starting = asyncio.create_task(scheduler.start())
+    before = scheduler.submit(SOUND)
+    swapping = asyncio.create_task(scheduler.swap(lambda: new))
+    while scheduler._taking_over is None:
+        await asyncio.sleep(0)
+    go_on.set()
+    with pytest.raises(EngineError, match="on purpose"):
+        await asyncio.wait_for(starting, PATIENCE_S)
+    with pytest.raises(EngineError, match="the first engine could not be loaded; restart edge-asr"):
+        await asyncio.wait_for(swapping, PATIENCE_S)
+    assert len(new.closed_on) == 1, "it is released"
+    assert before.cancelled()
+    assert scheduler.submit(SOUND).cancelled()
+    with pytest.raises(EngineError, match="no engine answers that could be changed"):
+        await scheduler.swap(lambda: new)
+    assert await scheduler.close()
+
+
 async def test_a_broken_engine_is_known_beyond_whoever_asked() -> None:
     old = Named("old")
     scheduler = await started(old)

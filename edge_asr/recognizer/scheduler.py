@@ -52,6 +52,7 @@ class Scheduler:
         """`load` makes the recogniser; it runs on the inference thread."""
         self._load = load
         self._loaded: Future[None] = Future()
+        self._loaded.set_running_or_notify_cancel()  # whoever waits for it cannot cancel it
         self.costs = CostModel()
         """What a recognition costs; measured when a recogniser is loaded, and with every run."""
         self._interruptible: Sequence[Interruptible] = ()
@@ -72,7 +73,7 @@ class Scheduler:
         self._hurried = threading.Condition(self._lock)
         self.broken: Future[None] = Future()
         """Raises BrokenEngineError from when on nothing can be recognised any more, until the process starts anew."""
-        self.broken.set_running_or_notify_cancel()  # whoever waits for it cannot cancel it
+        self.broken.set_running_or_notify_cancel()
 
     @property
     def loading(self) -> bool:
@@ -141,6 +142,8 @@ class Scheduler:
         `load` runs on a thread of its own. What was recognised last must give much the same text. Raises what `load`
         raises, or EngineError; then the present one goes on.
         """
+        if self._closing:
+            raise EngineError("no engine answers that could be changed; restart edge-asr")
         if self._swapped is not None and not self._swapped.done():
             raise EngineError("another engine is being loaded already; try again when it is done")
         self._swapped = Future()
@@ -154,13 +157,7 @@ class Scheduler:
 
         False: the request under way, or a load, took longer than `timeout_s`, and its thread was left behind.
         """
-        with self._lock:
-            self._closing = True
-            dropped = self._waiting.clear()
-            self._changed.notify()
-            self._hurried.notify()
-        for request in dropped:
-            request.give_up()
+        self._end_waiting()
         all_threads = (self._thread, self._watcher, self._swap_thread)
         threads = [thread for thread in all_threads if thread is not None and thread.ident]
         until = None if timeout_s is None else time.monotonic() + timeout_s
@@ -168,13 +165,23 @@ class Scheduler:
             await asyncio.to_thread(thread.join, None if until is None else max(0.0, until - time.monotonic()))
         return not any(thread.is_alive() for thread in threads)
 
+    def _end_waiting(self) -> None:
+        """Answer nothing from now on, but finish the request under way."""
+        with self._lock:
+            self._closing = True
+            dropped = self._waiting.clear()
+            self._changed.notify()
+            self._hurried.notify()
+        for request in dropped:
+            request.give_up()
+
     def _work(self) -> None:
-        if not self._loaded.set_running_or_notify_cancel():
-            return
         try:
             recognizer = self._load()
             self.costs = measured(recognizer)
         except Exception as error:  # noqa: BLE001 - start() raises it
+            self._end_waiting()
+            self._refuse_swap()
             self._loaded.set_exception(error)
             return
         self._interruptible = interruptible(recognizer)
@@ -320,6 +327,14 @@ class Scheduler:
                 raise
         except Exception as error:  # noqa: BLE001 - swap() raises it
             done.set_exception(error)
+
+    def _refuse_swap(self) -> None:
+        """Release a recogniser that waits to take over from one that there will not be."""
+        with self._lock:
+            swap, self._taking_over = self._taking_over, None
+        if swap is not None:
+            release(swap.recognizer)
+            swap.done.set_exception(EngineError("the first engine could not be loaded; restart edge-asr"))
 
     def _hand_over(self, swap: _Swap) -> None:
         with self._lock:
