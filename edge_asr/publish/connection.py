@@ -2,89 +2,135 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import select
 import socket
+import ssl
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import paho.mqtt.client as paho
-from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
+from paho.mqtt.enums import MQTTErrorCode
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+from paho.mqtt.reasoncodes import ReasonCode
 
 from edge_asr.config_mqtt import MqttConfig
+from edge_asr.errors import EdgeAsrError
+from edge_asr.publish import reasons
+from edge_asr.publish.client import CONNECT_TIMEOUT_S, explain, make_client, start_connect
+from edge_asr.publish.dialect import Message
+from edge_asr.publish.reasons import Problem, Refusal
 
 log = logging.getLogger(__name__)
 
-CONNECT_TIMEOUT_S = 5.0
-"""For the TCP connection, and again for the broker's answer to CONNECT."""
+OPEN_S = 30.0
+"""For name, connection and handshakes together: a name may be looked up for ever."""
 PROOF_S = 1.0
 """A broker that has owed an acknowledgement for longer may hang."""
+IN_FLIGHT_LIMIT = 20
+"""Messages of QoS 1 that may be on their way in one direction, where the broker does not want fewer."""
+LARGEST_INCOMING = 65_536
+"""A larger packet a broker of MQTT 5 does not pass on to us, in bytes: commands are short."""
+PACKETS_AT_A_TIME = 100
+"""Packets read before the owner may do something else."""
+OVERHEAD_BYTES = 32
+"""What a packet of PUBLISH has beside topic and payload, at most."""
 
 
 class Connection:
     """One connection to the broker; apart from its own helper thread, only the thread that made it touches it.
 
     Each has a paho client of its own, so nothing that paho queued outlives it: what is sent again, and that `said`
-    never is, its owner alone decides. DNS and TCP connect block, so they run on a short-lived daemon thread.
+    never is, its owner alone decides. DNS, TCP connect and handshakes block, so they run on a short-lived daemon
+    thread, as does the reading of certificates and secrets.
     """
 
     def __init__(
         self,
         config: MqttConfig,
         client_id: str,
-        password: str | None,
+        password: str | None = None,
         *,
-        will_topic: str,
+        protocol: str = "3.1.1",
+        will: Message | None = None,
+        will_topic: str = "",
         on_acknowledged: Callable[[int], None],
+        on_refused: Callable[[int, Refusal], None] = lambda message_id, refusal: None,
         on_message: Callable[[str, bytes, bool], None],
         wake: Callable[[], None],
     ) -> None:
-        """Start to connect; `wake` is called when there is something to serve.
+        """Start to connect; `wake` is called, by the helper thread, when there is something to serve.
 
-        `on_acknowledged` gets a message id, `on_message` topic, payload and whether it was retained.
+        `on_acknowledged` and `on_refused` get what `publish` has returned, `on_message` topic, payload and whether it
+        was retained; all of them are called by `serve`.
         """
+        self.protocol = protocol
+        """5 or 3.1.1."""
         self.up_since: float | None = None
         """Monotonic seconds of the broker's acceptance."""
-        self.failure: str | None = None
-        """Why it is over, in words; None while it lives."""
+        self.problem: Problem | None = None
+        """Why it is over; None while it lives."""
         self.refused = False
         """The broker answered, and said no."""
+        self.unsupported = False
+        """The broker does not know this version of MQTT."""
+        self.hung_up = False
+        """The broker closed the connection instead of answering: an old one does that when it meets a new version."""
+        self.in_flight_limit = IN_FLIGHT_LIMIT
+        """Messages of QoS 1 that may await their PUBACK; what is published beyond waits here."""
+        self.largest_packet: int | None = None
+        """Bytes of the largest packet that the broker takes; None: it has not said. What is larger is refused here."""
         self.unacknowledged: dict[int, float] = {}
-        """Id and moment of sending of the QoS 1 messages that await their PUBACK, in order."""
+        """Id and moment of publishing of the QoS 1 messages that await their PUBACK, in order."""
         self.proven_at = -math.inf
-        """When the newest message that the broker has acknowledged was sent: then, at least, it was alive."""
+        """When the newest message that the broker has answered was published: then, at least, it was alive."""
+        self._config = config
+        self._client_id = client_id
+        self._open_by = time.monotonic() + OPEN_S
         self._answer_by = math.inf
         self._opened = threading.Event()
         self._dropped = False
+        self._first_bytes = b""
+        self._receive_maximum = 65_535
+        self._ids = itertools.count(1)
+        self._in_flight: dict[int, int] = {}  # our id of each message, by paho's
+        self._held: deque[tuple[int, Message]] = deque()
+        self._not_sent: deque[tuple[int, Refusal]] = deque()
+        self._subscriptions: dict[int, Sequence[str]] = {}
         self._on_acknowledged = on_acknowledged
+        self._on_refused = on_refused
         self._on_foreign_message = on_message
         self._wake = wake
-        self._client = paho.Client(
-            CallbackAPIVersion.VERSION2, client_id, protocol=paho.MQTTv311, reconnect_on_failure=False
-        )
-        self._client.username_pw_set(config.username, password)
-        self._client.will_set(will_topic, "offline", qos=1, retain=True)
-        self._client.max_inflight_messages_set(0)  # unlimited: the owner holds messages back, paho never does
-        self._client.connect_timeout = CONNECT_TIMEOUT_S
-        self._client.on_connect = self._on_connect
-        self._client.on_disconnect = self._on_disconnect
-        self._client.on_publish = self._on_publish
-        self._client.on_subscribe = self._on_subscribe
-        self._client.on_message = self._on_message
-        threading.Thread(target=self._open, args=(config,), name="publisher-connect", daemon=True).start()
+        self._errors = _Errors()
+        self._client: paho.Client | None = None
+        will = will or (Message(will_topic, "offline", qos=1, retain=True) if will_topic else None)
+        threading.Thread(target=self._open, args=(will,), name="publisher-connect", daemon=True).start()
+
+    @property
+    def failure(self) -> str | None:
+        """Why it is over and what helps, in words; None while it lives."""
+        return None if self.problem is None else str(self.problem)
+
+    @property
+    def lasting(self) -> bool:
+        """It is over for a reason that does not pass by itself: trying again soon is of no use."""
+        return self.problem is not None and self.problem.lasting
 
     @property
     def up(self) -> bool:
         """Accepted by the broker and not known to be lost."""
-        return self.up_since is not None and self.failure is None
+        return self.up_since is not None and self.problem is None
 
     @property
     def clear(self) -> bool:
         """Up, and everything published so far has left for the network."""
-        return self.up and not self._client.want_write()
+        return self.up and not self._held and not self._live.want_write()
 
     @property
     def brisk(self) -> bool:
@@ -92,38 +138,71 @@ class Connection:
         now = time.monotonic()
         return self.clear and now - next(iter(self.unacknowledged.values()), now) <= PROOF_S
 
+    @property
+    def _live(self) -> paho.Client:
+        assert self._client is not None, "opened"
+        return self._client
+
     def register(self, poller: select.poll) -> None:
         """Let the poller watch the socket, where there is one."""
-        sock = self._client.socket() if self._opened.is_set() and self.failure is None else None
+        sock = self._socket() if self.problem is None else None
         if sock is not None:
-            poller.register(sock.fileno(), select.POLLIN | (select.POLLOUT if self._client.want_write() else 0))
+            # What TLS has decrypted ahead no poll sees: that the socket can be written to, as nearly always, wakes.
+            busy = self._live.want_write() or self._not_sent or self._pending(sock)
+            poller.register(sock.fileno(), select.POLLIN | (select.POLLOUT if busy else 0))
 
     def serve(self) -> None:
         """Read, write and keep alive, without blocking."""
-        if not self._opened.is_set() or self.failure is not None:
+        if self.problem is not None:
             return
-        for step in (self._client.loop_write, self._client.loop_read, self._client.loop_misc):
+        if not self._opened.is_set():
+            if time.monotonic() > self._open_by:
+                self._fail(Problem("no answer in time", "see to mqtt.host, the name server and the network"))
+            return
+        if self.up_since is None:
+            self._peek()
+        self._read()
+        self._send_held()
+        for step in (self._live.loop_write, self._live.loop_misc):
             self._check(step())
+        while self._not_sent:
+            self._on_refused(*self._not_sent.popleft())
         if self.up_since is None and time.monotonic() > self._answer_by:
-            self._fail("it accepts connections but does not answer")
+            remedy = "see whether mqtt.port and mqtt.transport are those of an MQTT broker, and its log"
+            self._fail(Problem("it accepts connections but does not answer", remedy))
 
-    def publish(self, topic: str, payload: str, *, qos: int, retain: bool = False) -> int:
-        """Publish now and return the message id; where that fails, `failure` says so afterwards."""
-        sent_at = time.monotonic()
-        info = self._client.publish(topic, payload, qos=qos, retain=retain)
-        if qos > 0:
-            self.unacknowledged[info.mid] = sent_at
-        self._check(info.rc)
-        return info.mid
+    def publish(self, message: Message | str, payload: str = "", *, qos: int = 0, retain: bool = False) -> int:
+        """Publish now and return the message's id; where that fails, `failure` says so afterwards.
 
-    def subscribe(self, topics: str) -> None:
+        What is too large for the broker is not sent: with QoS 1 `on_refused` is told, soon.
+        """
+        if isinstance(message, str):
+            message = Message(message, payload, qos, retain)
+        message_id = next(self._ids)
+        size = len(message.topic.encode()) + len(message.payload.encode()) + OVERHEAD_BYTES
+        if self.largest_packet is not None and size > self.largest_packet:
+            self._refuse_ourselves(message_id, message, reasons.too_large(size, self.largest_packet))
+        elif message.qos == 0:
+            self._send(message_id, message)
+        else:
+            self.unacknowledged[message_id] = time.monotonic()
+            self._held.append((message_id, message))
+            self._send_held()
+        return message_id
+
+    def subscribe(self, topics: str | Sequence[str]) -> None:
         """Ask for the messages on these topics, with QoS 1."""
-        code, _ = self._client.subscribe(topics, qos=1)
-        self._check(code)
+        topics = [topics] if isinstance(topics, str) else list(topics)
+        if topics:
+            code, number = self._live.subscribe([(topic, 1) for topic in topics])
+            if number is not None:
+                self._subscriptions[number] = topics
+            self._check(code)
 
     def disconnect(self) -> None:
         """End the connection properly: the broker discards the last will."""
-        self._client.disconnect()
+        if self._opened.is_set() and self._client is not None:
+            self._client.disconnect()
         self.drop()
 
     def drop(self) -> None:
@@ -132,12 +211,25 @@ class Connection:
         if self._opened.is_set():
             self._close_socket()
 
-    def _open(self, config: MqttConfig) -> None:
+    def _open(self, will: Message | None) -> None:
+        """Make the client and connect; on the helper thread."""
         try:
-            self._check(self._client.connect(config.host, config.port, keepalive=config.keepalive_s))
-            self._tune(math.ceil(config.live_for_s * 1000))
-        except (OSError, ValueError) as error:  # ValueError: a host name that cannot be encoded
-            self._fail(_in_words(error))
+            client = self._client = make_client(self._config, self._client_id, self.protocol)
+            client.enable_logger(self._errors.logger)
+            if will is not None:
+                client.will_set(will.topic, will.payload, will.qos, will.retain)
+            client.max_inflight_messages_set(0)  # unlimited: what has to wait waits here
+            client.on_connect = self._on_connect
+            client.on_disconnect = self._on_disconnect
+            client.on_publish = self._on_publish
+            client.on_subscribe = self._on_subscribe
+            client.on_message = self._on_message
+            client.on_socket_open = self._before_connect(client.on_socket_open)
+            start_connect(client, self._config, receive_maximum=IN_FLIGHT_LIMIT, largest_packet=LARGEST_INCOMING)
+        except Exception as error:  # whatever it is, the owner waits to be told
+            if not isinstance(error, (OSError, ValueError, EdgeAsrError)):
+                log.exception("connecting to the broker failed")
+            self._fail(explain(error, self._config))
         finally:
             self._answer_by = time.monotonic() + CONNECT_TIMEOUT_S
             self._opened.set()
@@ -145,45 +237,151 @@ class Connection:
                 self._close_socket()
             self._wake()
 
-    def _tune(self, patience_ms: int) -> None:
-        sock = self._client.socket()
-        if isinstance(sock, socket.socket):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            # Where the network is dead, the kernel must not deliver a command minutes later by retransmission.
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, patience_ms)
+    def _before_connect(self, prepare: Any) -> Callable[[paho.Client, Any, Any], None]:
+        """Return what paho calls when the handshakes are done and CONNECT is next."""
+
+        def check(client: paho.Client, userdata: Any, sock: Any) -> None:
+            if prepare is not None:
+                prepare(client, userdata, sock)
+            if self._dropped:  # a late CONNECT would end the owner's newer connection, which has the same client id
+                raise ConnectionAbortedError("no longer wanted")
+
+        return check
+
+    def _socket(self) -> Any:
+        return self._live.socket() if self._opened.is_set() and self._client is not None else None
 
     def _close_socket(self) -> None:
-        sock = self._client.socket()
-        if sock is not None:
+        if (sock := self._socket()) is not None:
             sock.close()
+
+    @staticmethod
+    def _pending(sock: Any) -> bool:
+        return hasattr(sock, "pending") and sock.pending() > 0
+
+    def _peek(self) -> None:
+        """Note what the other side says first: it may not be MQTT."""
+        sock = self._socket()
+        if type(sock) is socket.socket:
+            try:
+                self._first_bytes = sock.recv(8, socket.MSG_PEEK | socket.MSG_DONTWAIT) or self._first_bytes
+            except OSError:
+                return  # nothing yet, or the end, which the next reading tells
+
+    def _read(self) -> None:
+        for _ in range(PACKETS_AT_A_TIME):
+            self._check(self._live.loop_read())
+            if self.problem is not None or not self._pending(self._socket()):
+                return
+
+    def _send_held(self) -> None:
+        while self._held and self.up and len(self._in_flight) < self._receive_maximum:
+            self._send(*self._held.popleft())
+
+    def _send(self, message_id: int, message: Message) -> None:
+        properties = None
+        if message.expires_s is not None and self.protocol == "5":
+            properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
+            properties.MessageExpiryInterval = message.expires_s
+        info = self._live.publish(message.topic, message.payload, message.qos, message.retain, properties)
+        if message.qos > 0:
+            self._in_flight[info.mid] = message_id
+        self._check(info.rc)
+
+    def _refuse_ourselves(self, message_id: int, message: Message, refusal: Refusal) -> None:
+        if message.qos > 0:
+            self._not_sent.append((message_id, refusal))
+        else:
+            log.warning("a message on %s is not sent: %s", message.topic, refusal.why)
 
     def _check(self, code: MQTTErrorCode) -> None:
         if code != MQTTErrorCode.MQTT_ERR_SUCCESS:
-            self._fail(paho.error_string(code).rstrip(".").lower())
+            self._fail(Problem(paho.error_string(code).rstrip(".").lower(), reasons.LOG))
 
-    def _fail(self, why: str) -> None:
-        if self.failure is None:  # the first reason is the cause, the later ones follow from it
-            self.failure = why
+    def _fail(self, problem: Problem) -> None:
+        if self.problem is None:  # the first reason is the cause, the later ones follow from it
+            self.problem = problem
 
     def _on_connect(self, client: paho.Client, userdata: Any, flags: Any, reason: Any, properties: Any) -> None:
+        if getattr(properties, "MaximumQoS", 1) == 0:
+            reason = ReasonCode(PacketTypes.CONNACK, "QoS not supported")
+        elif getattr(properties, "RetainAvailable", 1) == 0:
+            reason = ReasonCode(PacketTypes.CONNACK, "Retain not supported")
         if reason.is_failure:
             self.refused = True
-            self._fail(f"it refused: {str(reason).lower()}")
-        else:
-            self.up_since = time.monotonic()
+            self.unsupported = reason.value == reasons.UNSUPPORTED_VERSION
+            self._fail(reasons.refused_connection(reason.value, str(reason), **_explanation(properties)))
+            return
+        self._receive_maximum = getattr(properties, "ReceiveMaximum", self._receive_maximum)
+        self.in_flight_limit = min(IN_FLIGHT_LIMIT, self._receive_maximum)
+        self.largest_packet = getattr(properties, "MaximumPacketSize", None)
+        self.up_since = time.monotonic()
 
     def _on_disconnect(self, client: paho.Client, userdata: Any, flags: Any, reason: Any, properties: Any) -> None:
-        self._fail("the connection was lost" if reason == "Unspecified error" else str(reason).lower())
+        if self.problem is not None:
+            return
+        if flags.is_disconnect_packet_from_server:
+            explanation = _explanation(properties)
+            problem = reasons.ended_connection(reason.value, str(reason), client_id=self._client_id, **explanation)
+            self.refused = problem.lasting
+            self._fail(problem)
+        elif self.up_since is None:
+            self._fail(self._why_not_accepted())
+        else:
+            self._fail(self._why_lost(str(reason)))
+
+    def _why_not_accepted(self) -> Problem:
+        """Return why it ended without an answer to CONNECT."""
+        error, first = self._errors.last, self._first_bytes
+        if first.startswith(b"\x15\x03"):  # an alert of TLS
+            remedy = "set mqtt.tls (ca_file, or enabled: true), or mqtt.port to its port without TLS"
+            return Problem("it speaks TLS on this port", remedy, lasting=True)
+        if first.startswith(b"HTTP"):
+            remedy = "set mqtt.transport to websockets, or correct mqtt.port"
+            return Problem("a web server answers there", remedy, lasting=True)
+        if isinstance(error, ssl.SSLError):
+            return explain(error, self._config)
+        self.unsupported = first.startswith(b"\x20")  # it can be read in the other version only
+        self.hung_up = not first or self.unsupported
+        if self.unsupported:
+            self.refused = True
+            return reasons.refused_connection(reasons.UNSUPPORTED_VERSION, f"no MQTT {self.protocol}")
+        if first:
+            return Problem("it answers, but not with MQTT", "correct mqtt.port and mqtt.transport", lasting=True)
+        if self._config.tls.enabled and self._config.tls.cert_file is None:
+            remedy = "if it asks for a certificate, set mqtt.tls.cert_file and mqtt.tls.key_file; else see its log"
+            return Problem("it hangs up without an answer", remedy)
+        remedy = "see whether mqtt.port, mqtt.transport, mqtt.tls and mqtt.protocol are what it expects, and its log"
+        return Problem("it hangs up without an answer", remedy)
+
+    def _why_lost(self, reason: str) -> Problem:
+        if reason == "Keep alive timeout":
+            return Problem("it has stopped answering", "see to the broker and the network")
+        if reason == "Protocol error":
+            return Problem("it sent what MQTT does not allow", reasons.LOG)
+        error = self._errors.last
+        why = "the connection was lost" + (f" ({error.strerror.lower()})" if error and error.strerror else "")
+        return Problem(why, reasons.LOG)
 
     def _on_publish(self, client: paho.Client, userdata: Any, mid: int, reason: Any, properties: Any) -> None:
-        sent_at = self.unacknowledged.pop(mid, None)  # QoS 0 is reported too, and is not among them
-        if sent_at is not None:
-            self.proven_at = max(self.proven_at, sent_at)
-            self._on_acknowledged(mid)
+        message_id = self._in_flight.pop(mid, None)  # QoS 0 is reported too, and is not among them
+        if message_id is None:
+            return
+        self.proven_at = max(self.proven_at, self.unacknowledged.pop(message_id))
+        if reason.is_failure:
+            said = getattr(properties, "ReasonString", "")
+            self._on_refused(message_id, reasons.refused_message(reason.value, str(reason), said=said))
+        else:
+            self._on_acknowledged(message_id)
 
-    def _on_subscribe(self, client: paho.Client, userdata: Any, mid: int, reasons: Any, properties: Any) -> None:
-        if any(reason.is_failure for reason in reasons):
-            log.warning("the broker refuses to pass commands on; let this user subscribe to .../cmd/+ in its settings")
+    def _on_subscribe(self, client: paho.Client, userdata: Any, mid: int, codes: Any, properties: Any) -> None:
+        topics = self._subscriptions.pop(mid, ())
+        refused = [
+            f"{topic}: {str(code).lower()}" for topic, code in zip(topics, codes, strict=False) if code.is_failure
+        ]
+        if refused:
+            remedy = "let this user subscribe there in the broker's access list"
+            log.warning("the broker refuses to pass commands on (%s); %s", ", ".join(refused), remedy)
 
     def _on_message(self, client: paho.Client, userdata: Any, message: paho.MQTTMessage) -> None:
         try:
@@ -193,7 +391,24 @@ class Connection:
         self._on_foreign_message(topic, bytes(message.payload), message.retain)
 
 
-def _in_words(error: OSError | ValueError) -> str:
-    if isinstance(error, socket.gaierror):
-        return "its name cannot be resolved"
-    return (getattr(error, "strerror", None) or str(error)).lower()
+class _Errors(logging.Handler):
+    """Keeps the last error of the network that paho met: it tells its callbacks less than its log."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last: OSError | None = None
+        self.logger = logging.Logger("paho", logging.ERROR)
+        self.logger.addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        for argument in record.args or ():
+            if isinstance(argument, OSError):
+                self.last = argument
+
+
+def _explanation(properties: Any) -> dict[str, str]:
+    """Return what a broker of MQTT 5 adds to a reason code."""
+    return {
+        "said": getattr(properties, "ReasonString", ""),
+        "server": getattr(properties, "ServerReference", ""),
+    }
