@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from bundled import BUNDLE
+from certificates import Certificates, make_certificates
 from daemons import Daemon, Start
 from mosquitto import PATIENCE_S, Mosquitto, find_program
 from pulse import MICROPHONE, PulseServer, missing_parts
@@ -51,6 +52,14 @@ def mosquitto_installed() -> None:
     missing = [name for name in ("mosquitto", "mosquitto_sub", "mosquitto_passwd") if find_program(name) is None]
     if missing:
         pytest.skip(f"not installed: {', '.join(missing)} (Debian: apt install mosquitto mosquitto-clients)")
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    """Return certificates for TLS: an authority's, the broker's, a client's, and those of strangers."""
+    if find_program("openssl") is None:
+        pytest.skip("not installed: openssl (Debian: apt install openssl)")
+    return make_certificates(tmp_path_factory.mktemp("certificates"))
 
 
 @pytest.fixture

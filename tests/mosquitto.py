@@ -11,11 +11,13 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from certificates import Certificate
 
 PATIENCE_S = 30.0
 """How long a test waits for what must happen; far more than it takes."""
@@ -36,22 +38,58 @@ def find_program(name: str) -> str | None:
 
 
 class Mosquitto:
-    """A broker that forgets everything when it stops; it keeps its port over restarts."""
+    """A broker that keeps its ports over restarts, and forgets everything else unless it has `persistence`.
 
-    def __init__(self, directory: Path, *, username: str | None = None, password: str | None = None) -> None:
+    Beside the plain `port`, from which tests read, it listens to TLS and WebSockets where that is asked for.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        username: str | None = None,
+        password: str | None = None,
+        tls: Certificate | None = None,
+        client_authority: Path | None = None,
+        websockets: bool = False,
+        access: Sequence[str] = (),
+        persistence: bool = False,
+        options: Sequence[str] = (),
+    ) -> None:
+        """Write the settings: `tls` is the broker's certificate, and `client_authority` signs those of clients, who
+        then need one there. `access` is a list of access rules, `options` are further lines of mosquitto.conf.
+        """
         self.port = free_port()
+        self.tls_port = free_port() if tls else 0
+        self.websocket_port = free_port() if websockets else 0
+        self.websocket_tls_port = free_port() if tls and websockets else 0
         self._directory = directory
         self._process: subprocess.Popen[bytes] | None = None
-        lines = [f"listener {self.port} 127.0.0.1", "persistence false", f"allow_anonymous {_flag(username is None)}"]
+        lines = [f"persistence {_flag(persistence)}", f"allow_anonymous {_flag(username is None)}", *options]
         lines += ["log_type error", "log_type warning", "log_type notice", "log_type subscribe"]
+        if persistence:
+            lines += [f"persistence_location {directory}/", "autosave_interval 1", "autosave_on_changes true"]
         if username is not None:
             passwords = directory / "passwords"
             passwords.touch(mode=0o600)
             subprocess.run(
                 ["mosquitto_passwd", "-b", passwords, username, password or ""], check=True, timeout=PATIENCE_S
             )
-            # Started by root, Mosquitto would become another user, who may not read the file.
-            lines += [f"password_file {passwords}", f"user {getpass.getuser()}"]
+            lines += [f"password_file {passwords}"]
+        if access:
+            (directory / "access").write_text("\n".join(access) + "\n")
+            lines += [f"acl_file {directory / 'access'}"]
+        # Started by root, Mosquitto would become another user, who may not read the files.
+        lines += [f"user {getpass.getuser()}", f"listener {self.port} 127.0.0.1"]
+        secured = [f"certfile {tls.file}", f"keyfile {tls.key}"] if tls else []
+        if client_authority is not None:
+            secured += [f"cafile {client_authority}", "require_certificate true"]
+        if tls:
+            lines += [f"listener {self.tls_port} 127.0.0.1", *secured]
+        if websockets:
+            lines += [f"listener {self.websocket_port} 127.0.0.1", "protocol websockets"]
+        if tls and websockets:
+            lines += [f"listener {self.websocket_tls_port} 127.0.0.1", "protocol websockets", *secured]
         (directory / "mosquitto.conf").write_text("\n".join(lines) + "\n")
 
     def start(self) -> None:
@@ -103,7 +141,8 @@ class Mosquitto:
         assert self._process is not None
         assert self._process.poll() is None, self.log()
         try:
-            socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
+            for port in filter(None, (self.port, self.tls_port, self.websocket_port, self.websocket_tls_port)):
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
         except OSError:
             return False
         return True
@@ -143,8 +182,15 @@ class Subscriber:
     """The real mosquitto_sub, QoS 1, in the background, until the end of the `with` block."""
 
     def __init__(
-        self, port: int, topic: str = "#", *, username: str | None = None, password: str | None = None
+        self,
+        port: int,
+        topic: str = "#",
+        *,
+        username: str | None = None,
+        password: str | None = None,
+        options: Sequence[str] = (),
     ) -> None:
+        """Subscribe; `options` are further ones of mosquitto_sub, such as `--cafile` and its file."""
         self.messages: list[Message] = []
         self._subscribed = threading.Event()
         # -d: it says when the subscription is confirmed; stdbuf: in time, though it writes to a pipe.
@@ -166,6 +212,7 @@ class Subscriber:
         ]
         if username is not None:
             command += ["-u", username, "-P", password or ""]
+        command += options
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         self._reader = threading.Thread(target=self._read, name="mosquitto_sub reader", daemon=True)
         self._reader.start()
