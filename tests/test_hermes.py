@@ -324,7 +324,7 @@ def test_toggle_off_mutes_and_toggle_on_unmutes() -> None:
     appliance = Appliance()
     appliance.send("toggleOff")
     appliance.send("toggleOff")
-    assert set(appliance.mutes) == {True}
+    assert appliance.mutes == [True, True]  # somebody may have unmuted it meanwhile
     appliance.send("toggleOn")
     appliance.send("toggleOn")
     assert appliance.mutes[-2:] == [True, False]

@@ -47,6 +47,7 @@ LAYERS = {
     "controls": 4,
     "serve": 4,
     "broker": 4,
+    "subscribe": 4,
     "fresh_state": 4,
     "app": 5,
     "demo": 5,
@@ -59,6 +60,7 @@ LAYERS = {
     "cli_bench_idle": 5,
     "cli_doctor": 5,
     "cli_devices": 5,
+    "cli_subscribe": 5,
     "cli": 6,
     "__main__": 7,
 }
