@@ -65,6 +65,7 @@ class Labels:
     device: str
     source: str
     model: str
+    """Where the recognition does not say which it was."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -109,6 +110,11 @@ class Answers:
         """Segments that the engine failed on."""
         self.lost = 0
         """Segments given up because too many waited."""
+
+    def use(self, model: str, gates: Gates) -> None:
+        """Let another model's thresholds hold from now on."""
+        self._labels = dataclasses.replace(self._labels, model=model)
+        self._gates = gates
 
     async def put(self, pending: Pending) -> None:
         """Take the next segment; waits where the source can."""
@@ -240,7 +246,7 @@ def transcript_of(segment: Segment, recognition: Recognition, labels: Labels, ea
         latency_ms=recognition.stages_ms,
         within_budget=None,
         decoded_at_pause=early,
-        model=labels.model,
+        model=recognition.model or labels.model,
         engine=recognition.engine,
         enforced=(*segment.enforced, *recognition.enforced),
         marks=segment.marks,

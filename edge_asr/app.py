@@ -98,8 +98,7 @@ class Daemon:
     def __init__(self, config: Config) -> None:
         """Read the bundle. Raises BundleError and ConfigError."""
         self._config = config
-        self._bundle = read_bundle(config.model)
-        self._keeper = EngineKeeper(self._bundle, config.engine, config.state_dir, self._publish_state)
+        self._keeper = EngineKeeper(read_bundle(config.model), config.engine, config.state_dir, self._publish_state)
         self._budget = LatencyBudget(config.budget.response_ms)
         self._responses = RecentResponses()
         self._late_watch = LateWatch(config.budget.late_share)
@@ -195,7 +194,8 @@ class Daemon:
             loading.cancel()
             return False
         loading.result()
-        log.info("model %s on %s, loaded in %.1f s", self._bundle.name, self._keeper.engine, time.monotonic() - started)
+        model, engine = self._keeper.bundle.name, self._keeper.engine
+        log.info("model %s on %s, loaded in %.1f s", model, engine, time.monotonic() - started)
         return True
 
     def _start_listeners(self) -> None:
@@ -218,8 +218,8 @@ class Daemon:
             Segmenter(segment_rules(self._config.segment)),
             self._keeper.scheduler,
             sinks,
-            Labels(self._config.device_id, source.name, self._bundle.name),
-            choose_gates(self._config.gates, self._bundle),
+            Labels(self._config.device_id, source.name, self._keeper.bundle.name),
+            choose_gates(self._config.gates, self._keeper.bundle),
             pace,
             self._budget,
             self._attention.ear(),
@@ -320,7 +320,17 @@ class Daemon:
     def _command(self, name: str, arguments: Mapping[str, Any]) -> Future[Mapping[str, Any]]:
         """Carry a command of the publisher's thread out on the loop's."""
         assert self._loop is not None  # the publisher is started by `running`
-        return asyncio.run_coroutine_threadsafe(self._controls.obey(name, arguments), self._loop)
+        obeying = self._reload() if name == "reload" else self._controls.obey(name, arguments)
+        return asyncio.run_coroutine_threadsafe(obeying, self._loop)
+
+    async def _reload(self) -> Mapping[str, Any]:
+        """Change to the model as it lies in its folder now. Raises EdgeAsrError; then nothing has changed."""
+        await self._keeper.reload()
+        bundle = self._keeper.bundle
+        for listener in self._listeners:
+            listener.follow(bundle.name, choose_gates(self._config.gates, bundle))
+        self._publish_state()
+        return {"model": bundle.name, "engine": self._keeper.engine}
 
     async def _report(self) -> None:
         """Publish the state now and then: its counters move without anybody saying so."""
@@ -342,7 +352,7 @@ class Daemon:
             "state": state,
             "why": why,
             "engine": self._keeper.engine,
-            "model": self._bundle.name,
+            "model": self._keeper.bundle.name,
             "sources": [source.describe() for source in self._sources],
             "mute": self._controls.muted,
             "preset": self._controls.preset,

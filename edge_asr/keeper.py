@@ -1,4 +1,4 @@
-"""The engine of the daemon: it serves with what there is, and changes to TensorRT's as soon as that is built."""
+"""The engine of the daemon: it serves with what there is, and changes to a better one, or another model, meanwhile."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from edge_asr.child import EngineBuild
 from edge_asr.config import EngineConfig
 from edge_asr.errors import BundleError, EngineError
 from edge_asr.ladder import Ladder, load_ladder, plan_folder, rungs_of
-from edge_asr.loader import existing
-from edge_asr.memory import available_bytes, lack
-from edge_asr.recognizer.bundle import CHECKPOINT, FP32, INT8, Bundle
+from edge_asr.loader import engine_folder, existing, processor_target
+from edge_asr.memory import ON_BOTH, available_bytes, lack, too_little
+from edge_asr.recognizer.bundle import CHECKPOINT, FP32, INT8, Bundle, read_bundle
 from edge_asr.recognizer.cuda import free_bytes
 from edge_asr.recognizer.manifest import FILE, TENSORRT, read_manifest
 from edge_asr.recognizer.scheduler import Scheduler
@@ -41,7 +41,9 @@ class EngineKeeper:
         self, bundle: Bundle, config: EngineConfig, state_dir: Path, changed: Callable[[], None], poll_s: float = POLL_S
     ) -> None:
         """`changed` is called, on any thread, when `engine` or `why` has changed."""
-        self._bundle, self._config, self._state_dir = bundle, config, state_dir
+        self.bundle = bundle
+        """The model that answers, or will when it is loaded."""
+        self._config, self._state_dir = config, state_dir
         self._changed = changed
         self._poll_s = poll_s
         self.scheduler = Scheduler(self._load)
@@ -52,6 +54,8 @@ class EngineKeeper:
         self._seen: Stamp = None
         self._doing = self._failure = ""
         self._watching: asyncio.Task[None] | None = None
+        self._changing = asyncio.Lock()
+        """Held while another engine is built or loaded."""
 
     @property
     def engine(self) -> str | None:
@@ -68,7 +72,40 @@ class EngineKeeper:
         """Load the engine, building it first where that must be. Raises BundleError or EngineError."""
         await self.scheduler.start()
         if self._plan is not None:
-            self._watching = asyncio.create_task(self._watch(self._plan), name="engine")
+            self._watching = asyncio.create_task(self._watch(), name="engine")
+
+    async def reload(self) -> None:
+        """Read the folder of the bundle anew, load its engine beside the one that answers, and change to that.
+
+        What must be built is built before. Raises BundleError or EngineError; then nothing has changed.
+        """
+        if self._ladder is None:
+            raise EngineError("the model is still being loaded; try again when the state is ready")
+        if self._changing.locked():
+            raise EngineError("another engine is being built or loaded already; try again when it is done")
+        async with self._changing:
+            try:
+                await self._change_model()
+            except (BundleError, EngineError) as error:
+                log.warning("%s of %s goes on: %s", self.engine, self.bundle.name, error)
+                raise
+            finally:
+                if self._plan is not None:
+                    self._seen = _stamp(self._plan)  # whatever was built there has had its chance
+        log.info("model %s on %s answers from now on", self.bundle.name, self.engine)
+        self._tell()
+
+    async def _change_model(self) -> None:
+        bundle = await asyncio.to_thread(read_bundle, self.bundle.folder)
+        loaded: list[Ladder] = []
+        before, self._failure = self._failure, ""
+        try:
+            await self.scheduler.swap(lambda: self._load_anew(bundle, loaded))
+        except BaseException:
+            self._failure = before
+            raise
+        self.bundle, self._ladder = bundle, loaded[0]
+        self._plan = plan_folder(bundle, self._config, self._state_dir)
 
     async def broken(self) -> None:
         """Wait until nothing can be recognised any more, and the process must start anew: raise BrokenEngineError."""
@@ -79,7 +116,7 @@ class EngineKeeper:
         if self._watching is not None:
             self._watching.cancel()
         await asyncio.to_thread(self._plan_build.cancel)  # else it would go on beside that of the next start
-        if self._ladder is None:
+        if self._ladder is None or self._changing.locked():
             await asyncio.to_thread(self._build.cancel)
         ended = await self.scheduler.close(timeout_s)
         await asyncio.to_thread(self._build.cancel)
@@ -87,56 +124,84 @@ class EngineKeeper:
 
     def _load(self) -> Ladder:
         """Load the engine, on the inference thread."""
-        self._plan = plan_folder(self._bundle, self._config, self._state_dir)
-        if self._plan is not None and self._is_lacking(self._plan) and self._cannot_wait():
-            self._build_plan(self._plan)
+        self._plan = plan_folder(self.bundle, self._config, self._state_dir)
+        if self._plan is not None and self._is_lacking(self.bundle, self._plan) and self._cannot_wait():
+            self._build_plan(self.bundle, self._plan, self._config.strict)
         self._seen = None if self._plan is None else _stamp(self._plan)
-        ladder = load_ladder(self._bundle, self._config, self._state_dir, self._build, self._tell)
+        ladder = load_ladder(self.bundle, self._config, self._state_dir, self._build, self._tell)
         self._ladder, self._doing = ladder, ""
         metrics.show_engine(ladder.engine)
         return ladder
 
-    def _is_lacking(self, plan: Path) -> bool:
+    def _load_anew(self, bundle: Bundle, loaded: list[Ladder]) -> Ladder:
+        """Load the engine of a bundle beside the present one, on the thread `swap`, and note it in `loaded`.
+
+        Where the best engine answers at present, no lesser one replaces it. Raises BundleError or EngineError.
+        """
+        assert self._ladder is not None
+        best = not self._ladder.why
+        plan = plan_folder(bundle, self._config, self._state_dir)
+        self._check_memory(bundle)
+        if plan is not None and self._is_lacking(bundle, plan):
+            self._build_plan(bundle, plan, best or self._config.strict)
+        if plan is not None and read_manifest(plan) is not None:
+            self._check_room(plan)
+        rungs = rungs_of(bundle, self._config, self._state_dir, self._build)
+        loaded.append(Ladder(rungs, self._config.strict, only_first=best, changed=self._tell))
+        return loaded[0]
+
+    def _check_memory(self, bundle: Bundle) -> None:
+        """Raise EngineError where there is not enough memory to load a bundle, or to build its engine, beside ours."""
+        folder = self._config.dir or engine_folder(bundle, self._state_dir)
+        manifest = existing(bundle, folder, processor_target(self._config))
+        built = 0 if manifest is None else sum(record.size for record in manifest.files.values())
+        needed = SCARCE * _weights(bundle) if manifest is None else ON_BOTH * built
+        if why := too_little("memory", available_bytes(), needed):
+            raise EngineError(
+                f"{bundle.folder}: there is no room for it beside {self.engine}: {why}; restart edge-asr to use it"
+            )
+
+    def _is_lacking(self, bundle: Bundle, plan: Path) -> bool:
         """Tell whether TensorRT's engine must be built, and can be: a configured folder is not ours to fill."""
         if self._config.dir is not None or unavailable(self._config.gpu) is not None:
             return False
-        return existing(self._bundle, plan, TENSORRT, self._config.gpu, self._config.tensorrt) is None
+        return existing(bundle, plan, TENSORRT, self._config.gpu, self._config.tensorrt) is None
 
     def _cannot_wait(self) -> bool:
         """Tell whether nothing may, or can, be served while the plan is built."""
-        files = self._bundle.files
-        kind = next(kind for kind in (FP32, CHECKPOINT, INT8) if kind in files)
-        weights = files[kind].stat().st_size * (INT8_SHARE if kind == INT8 else 1)
-        return self._config.strict or available_bytes() < SCARCE * weights
+        return self._config.strict or available_bytes() < SCARCE * _weights(self.bundle)
 
-    def _build_plan(self, plan: Path) -> None:
+    def _build_plan(self, bundle: Bundle, plan: Path, needed: bool) -> None:
         """Build TensorRT's engine in a child. Raises EngineError where nothing less will do."""
-        log.info("building TensorRT's engine of %s, once for this machine, in %s", self._bundle.name, plan)
+        log.info("building TensorRT's engine of %s, once for this machine, in %s", bundle.name, plan)
         config = self._config.model_copy(update={"target": TENSORRT})
         try:
-            self._plan_build.run(self._bundle, plan, config)
+            self._plan_build.run(bundle, plan, config)
         except EngineError as error:
-            if self._plan_build.cancelled or self._config.strict:
+            if self._plan_build.cancelled or needed:
                 raise
             self._failure = f"its TensorRT engine could not be built: {error}"
-            log.warning("%s: %s", self._bundle.name, self._failure)
+            log.warning("%s: %s", bundle.name, self._failure)
         finally:
             self._doing = ""
 
-    async def _watch(self, plan: Path) -> None:
+    async def _watch(self) -> None:
         """Have the plan built where there is none, and use whatever is put in its place."""
-        if not self._failure and await asyncio.to_thread(self._is_lacking, plan):
-            await asyncio.to_thread(self._build_beside, plan)
-            self._tell()
+        assert self._plan is not None
+        async with self._changing:
+            if not self._failure and await asyncio.to_thread(self._is_lacking, self.bundle, self._plan):
+                await asyncio.to_thread(self._build_beside, self._plan)
+                self._tell()
         while True:
-            if (stamp := _stamp(plan)) not in (self._seen, None):
-                self._seen = stamp
-                await self._swap()
+            async with self._changing:
+                if (stamp := _stamp(self._plan)) not in (self._seen, None):
+                    self._seen = stamp
+                    await self._swap()
             await asyncio.sleep(self._poll_s)
 
     def _build_beside(self, plan: Path) -> None:
         try:
-            self._build_plan(plan)
+            self._build_plan(self.bundle, plan, self._config.strict)
         except EngineError as error:
             log.debug("%s", error)  # everything stops
 
@@ -159,7 +224,7 @@ class EngineKeeper:
         """Load the plan, on the thread `swap`, and note it in `loaded`. Raises EngineError."""
         assert self._plan is not None
         self._check_room(self._plan)
-        rungs = rungs_of(self._bundle, self._config, self._state_dir, self._build)
+        rungs = rungs_of(self.bundle, self._config, self._state_dir, self._build)
         ladder = Ladder(rungs, self._config.strict, only_first=True, changed=self._tell)
         loaded.append(ladder)
         return ladder
@@ -183,6 +248,12 @@ class EngineKeeper:
     def _say(self, doing: str) -> None:
         self._doing = doing
         self._changed()
+
+
+def _weights(bundle: Bundle) -> int:
+    """Return how many bytes the weights of a bundle take in fp32."""
+    kind = next(kind for kind in (FP32, CHECKPOINT, INT8) if kind in bundle.files)
+    return bundle.files[kind].stat().st_size * (INT8_SHARE if kind == INT8 else 1)
 
 
 def _stamp(plan: Path) -> Stamp:

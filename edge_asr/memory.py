@@ -29,10 +29,11 @@ def lack(plan_bytes: int, host_free: int, gpu_free: int | None) -> str | None:
     `gpu_free`: None where the GPU uses the host's memory, as on a Jetson.
     """
     if gpu_free is None:
-        return _too_little("memory", host_free, ON_BOTH * plan_bytes + LIBRARIES)
-    on_gpu = _too_little("the GPU's memory", gpu_free, ON_GPU * plan_bytes)
-    return on_gpu or _too_little("memory", host_free, plan_bytes + LIBRARIES)
+        return too_little("memory", host_free, ON_BOTH * plan_bytes + LIBRARIES)
+    on_gpu = too_little("the GPU's memory", gpu_free, ON_GPU * plan_bytes)
+    return on_gpu or too_little("memory", host_free, plan_bytes + LIBRARIES)
 
 
-def _too_little(what: str, free: int, needed: float) -> str | None:
+def too_little(what: str, free: int, needed: float) -> str | None:
+    """Return why so many bytes of something are not to be had; None where they are."""
     return None if free >= needed else f"it needs about {needed / 1e6:.0f} MB of {what}, {free / 1e6:.0f} MB are free"

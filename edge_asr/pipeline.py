@@ -158,6 +158,10 @@ class Listener:
         self._segmenter.use_endpoint(endpoint)
         self._content_endpoint = content_endpoint
 
+    def follow(self, model: str, gates: Gates) -> None:
+        """Take the thresholds of another model, which answers from now on."""
+        self._answers.use(model, gates)
+
     async def _listen(self) -> None:
         async for chunk in self._source.chunks():
             if chunk.lost:

@@ -112,6 +112,8 @@ class Recognition:
     """The engine that heard it, `onnx-int8` for example: another may answer the next time."""
     enforced: tuple[str, ...] = ()
     """What keeping to the budget has done to it: `batched`, `interrupted` (and begun again), `cut` (into parts)."""
+    model: str = ""
+    """The model that heard it: it may be changed while others wait."""
 
 
 @dataclass(frozen=True, slots=True)

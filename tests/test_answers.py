@@ -63,6 +63,20 @@ async def test_transcripts_come_in_the_order_of_their_segments_whatever_is_recog
     assert [transcript.id for transcript in sink.transcripts] == [segment.segment.id for segment in segments]
 
 
+async def test_another_model_s_thresholds_hold_and_each_transcript_names_the_model_that_heard_it() -> None:
+    segments = [pending() for _ in range(3)]
+    async with answering() as (answers, sink):
+        for segment in segments:
+            await answers.put(segment)
+        for segment, model, confidence in zip(segments, ("old", "new", ""), (0.9, 0.4, 0.9), strict=True):
+            token = Token("好", None, None, confidence)
+            segment.recognition.set_running_or_notify_cancel()
+            segment.recognition.set_result(Recognition("好", (token,), confidence, model=model))
+        answers.use("new", Gates(min_confidence=0.5))
+    assert [transcript.model for transcript in sink.transcripts] == ["old", "new"]
+    assert [transcript.id for transcript in sink.transcripts] == [segments[0].segment.id, segments[2].segment.id]
+
+
 async def test_too_much_that_waits_loses_the_oldest_and_says_so_in_its_place() -> None:
     before, segments = lost(), [pending(4.0) for _ in range(4)]
     async with answering(backlog_s=10.0) as (answers, sink):

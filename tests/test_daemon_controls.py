@@ -20,11 +20,12 @@ from bundled import BUNDLE, sound_of, write_wav
 from daemons import SENTENCES, TEXTS, Daemon, Start, is_offline, is_ready, states, texts_on
 from mosquitto import PATIENCE_S, Message, Mosquitto, Subscriber, send, send_lines, wait_for
 from pulse import MICROPHONE, PulseServer
+from test_reload import put_model
 
 from edge_asr import app
 from edge_asr.config_reader import load_config
 from edge_asr.loader import engine_folder
-from edge_asr.recognizer.bundle import read_bundle
+from edge_asr.recognizer.bundle import CARD, read_bundle
 from edge_asr.types import SAMPLE_RATE, Samples
 
 NAMES = list(TEXTS)
@@ -164,6 +165,47 @@ def test_the_preset_holds_from_the_next_pause_on_and_outlives_a_restart(
         tell(daemon, paused)
         subscriber.wait_for(lambda s: texts_on(s, "transcript") == ["".join(halves)], "one sentence")
         assert daemon.stop() == 0
+
+
+def test_another_model_takes_over_while_sentences_flow_and_a_broken_one_does_not(
+    broker: Mosquitto, start: Start, apart: list[str], tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    model.symlink_to(put_model(tmp_path / "first"))
+    send(broker.port, f"{BASE}/cmd/reload", "", retained=True)
+    send(broker.port, f"{BASE}/cmd/reload", "{}", retained=True)
+    with Subscriber(broker.port) as subscriber:
+        daemon = start(broker.port, *apart, "-o", f"model={model}", "--source", "stdin")
+        subscriber.wait_for(lambda s: is_ready(s) and shows(model="first")(s), "ready")
+        model.unlink()
+        model.symlink_to(put_model(tmp_path / "second", 启="起"))
+        (model / CARD).unlink()
+        for number, name in enumerate(NAMES):
+            if number == 2:
+                send(broker.port, f"{BASE}/cmd/reload", "")
+            tell(daemon, sound_of(name))
+        subscriber.wait_for(lambda s: s.on("cmd/reload/result"), "it is answered")
+        assert subscriber.on("cmd/reload/result")[-1].json == {"ok": True, "model": "second", "engine": "onnx-fp32"}
+        subscriber.wait_for(shows(model="second"), "the state says so")
+        tell(daemon, sound_of(NAMES[4]))
+        subscriber.wait_for(lambda s: len(s.on("transcript")) == len(NAMES) + 1, "all sentences")
+        heard = [(message.json["text"], message.json["model"]) for message in subscriber.on("transcript")]
+        models = [model for _, model in heard]
+        assert models == sorted(models)
+        assert models[0] == "first"
+        assert heard[-1] == (SENTENCES[4].replace("启", "起"), "second")
+        assert [text.replace("起", "启") for text, _ in heard[:-1]] == SENTENCES
+
+        (model / "tokens.json").unlink()
+        wait_out(5.0)  # sooner it would be taken for the same wish
+        refused = command(broker, subscriber, "reload", "{}")
+        assert not refused["ok"]
+        assert "no token list" in refused["why"]
+        tell(daemon, sound_of(NAMES[0]))
+        subscriber.wait_for(lambda s: len(s.on("transcript")) == len(NAMES) + 2, "it goes on")
+        assert shows(model="second", state="ready")(subscriber)
+        assert daemon.stop() == 0
+        assert len(subscriber.on("cmd/reload/result")) == 2, "nothing that was retained has been obeyed"
 
 
 def test_what_is_said_while_it_is_muted_is_never_heard_of(broker: Mosquitto, start: Start, apart: list[str]) -> None:

@@ -568,7 +568,7 @@ async def test_a_request_under_way_is_finished_when_everything_stops(engine: Hel
 
 def found(text: str, confidence: float | None, start_ms: int | None = 0) -> Recognition:
     tokens = tuple(Token(piece, start_ms, start_ms, confidence or 0.0) for piece in text.split())
-    return Recognition(text, tokens, confidence, {"model": 2.0}, "fake")
+    return Recognition(text, tokens, confidence, {"model": 2.0}, "fake", model="tiny")
 
 
 def test_pieces_are_joined_as_if_they_were_one() -> None:
@@ -576,7 +576,7 @@ def test_pieces_are_joined_as_if_they_were_one() -> None:
     assert whole.text == "今 hello"
     assert [token.start_ms for token in whole.tokens] == [0, 0, 2000]
     assert whole.confidence == pytest.approx((0.5 * 0.5 * 0.25) ** (1 / 3))
-    assert (whole.stages_ms, whole.engine) == ({"model": 6.0}, "fake")
+    assert (whole.stages_ms, whole.engine, whole.model) == ({"model": 6.0}, "fake", "tiny")
 
 
 def test_pieces_without_text_times_or_probability_are_joined_as_well() -> None:

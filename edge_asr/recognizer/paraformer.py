@@ -176,7 +176,7 @@ def recognition(
     spoken = decoded.ids >= SPECIAL_IDS
     ids, log_probabilities = decoded.ids[spoken], decoded.log_probabilities[spoken]
     if not len(ids):
-        return Recognition("", (), None, stages, engine)
+        return Recognition("", (), None, stages, engine, model=bundle.name)
     pieces = [bundle.tokens[i] for i in ids]
     spans: Sequence[tuple[int | None, int | None]] = [(None, None)] * len(ids)
     if times is not None and len(times) == len(ids):
@@ -186,7 +186,8 @@ def recognition(
         Token(piece, start, end, float(confidence))
         for piece, (start, end), confidence in zip(pieces, spans, np.exp(log_probabilities), strict=True)
     )
-    return Recognition(join(pieces), tokens, float(np.exp(log_probabilities.mean())), stages, engine)
+    confidence = float(np.exp(log_probabilities.mean()))
+    return Recognition(join(pieces), tokens, confidence, stages, engine, model=bundle.name)
 
 
 def feature_extractor(bundle: Bundle, metadata: Mapping[str, str]) -> FeatureExtractor:

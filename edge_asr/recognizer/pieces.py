@@ -33,7 +33,9 @@ def joined(pieces: Sequence[tuple[int, Recognition]]) -> Recognition:
     for _, found in pieces:
         _add(stages, found.stages_ms)
     text = join([token.text for token in tokens])
-    return Recognition(text, tokens, _confidence([found for _, found in pieces]), stages, pieces[-1][1].engine)
+    last = pieces[-1][1]
+    confidence = _confidence([found for _, found in pieces])
+    return Recognition(text, tokens, confidence, stages, last.engine, model=last.model)
 
 
 def _moved(token: Token, by_ms: int) -> Token:
