@@ -17,11 +17,12 @@ import paho.mqtt.client as paho
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
+from paho.mqtt.reasoncodes import ReasonCode
 
 from edge_asr.config_fields import MAX_MQTT_BYTES
 from edge_asr.config_mqtt import MqttConfig
 from edge_asr.errors import ConfigError, EdgeAsrError
-from edge_asr.publish import http_upgrade, tls
+from edge_asr.publish import second_look, tls
 from edge_asr.publish.reasons import Problem
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,10 @@ Version = Literal["5", "3.1.1"]
 CONNECT_TIMEOUT_S = 5.0
 """For the TCP connection, for each step of a handshake, and again for the broker's answer to CONNECT."""
 MACHINE_ID = Path("/etc/machine-id")
+
+for _packets in getattr(ReasonCode, "names", {}).get(149, {}).values():
+    # So Mosquitto answers a message that is too large; paho would hang up on it, for the standard does not list it.
+    _packets.append(PacketTypes.PUBACK)
 
 
 def make_client(config: MqttConfig, client_id: str, protocol: str) -> paho.Client:
@@ -142,21 +147,23 @@ def _machine_suffix(device_id: str) -> str:
 
 
 def in_words(error: Exception, config: MqttConfig) -> str:
-    """Return one line: why there is no connection, and the remedy."""
+    """Return one line: why there is no connection, and the remedy; as `explain`."""
     return str(explain(error, config))
 
 
 def explain(error: Exception, config: MqttConfig) -> Problem:
-    """Return what an error of an attempt to connect, or of a connection, means."""
+    """Return what an error of `make_client` or `start_connect` means; blocks where the server is asked once more."""
     if isinstance(error, EdgeAsrError):
         why, _, remedy = str(error).rpartition("; ")
         return Problem(why or remedy, remedy if why else "correct it", lasting=True)
     if isinstance(error, ssl.SSLCertVerificationError):
-        return tls.untrusted(error, config)
+        if error.verify_code in tls.WRONG_HOST:
+            return tls.wrong_host(second_look.valid_names(config), config.host)
+        return tls.untrusted(error)
     if isinstance(error, ssl.SSLError):
         return tls.failed(error, config)
     if isinstance(error, paho.WebsocketConnectionError):
-        return http_upgrade.explain(config)
+        return second_look.no_websocket(config)
     if isinstance(error, socket.gaierror):
         return Problem("its name cannot be resolved", "correct mqtt.host, or the machine's name server")
     if isinstance(error, ConnectionRefusedError):
@@ -164,7 +171,7 @@ def explain(error: Exception, config: MqttConfig) -> Problem:
         return Problem("connection refused: nobody listens there", remedy)
     if isinstance(error, TimeoutError):
         return Problem("it does not answer", "correct mqtt.host and mqtt.port, or let them through the firewall")
-    if isinstance(error, ConnectionError) and config.tls.enabled:
+    if isinstance(error, (ConnectionResetError, BrokenPipeError)) and config.tls.enabled:
         return tls.no_tls_there()
     words = (getattr(error, "strerror", None) or str(error) or type(error).__name__).lower()
     return Problem(words, "correct mqtt.host and mqtt.port, or see to the network")

@@ -22,7 +22,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 
 from edge_asr.config_mqtt import MqttConfig
 from edge_asr.errors import EdgeAsrError
-from edge_asr.publish import reasons
+from edge_asr.publish import reasons, second_look
 from edge_asr.publish.client import CONNECT_TIMEOUT_S, explain, make_client, start_connect
 from edge_asr.publish.dialect import Message
 from edge_asr.publish.reasons import Problem, Refusal
@@ -92,10 +92,11 @@ class Connection:
         """When the newest message that the broker has answered was published: then, at least, it was alive."""
         self._config = config
         self._client_id = client_id
-        self._open_by = time.monotonic() + OPEN_S
+        self._open_by = math.inf
         self._answer_by = math.inf
         self._opened = threading.Event()
         self._dropped = False
+        self._cut_short = False  # it ended without an answer to CONNECT
         self._first_bytes = b""
         self._receive_maximum = 65_535
         self._ids = itertools.count(1)
@@ -109,8 +110,8 @@ class Connection:
         self._wake = wake
         self._errors = _Errors()
         self._client: paho.Client | None = None
-        will = will or (Message(will_topic, "offline", qos=1, retain=True) if will_topic else None)
-        threading.Thread(target=self._open, args=(will,), name="publisher-connect", daemon=True).start()
+        self._will = will or (Message(will_topic, "offline", qos=1, retain=True) if will_topic else None)
+        self._help(self._open)
 
     @property
     def failure(self) -> str | None:
@@ -167,7 +168,9 @@ class Connection:
             self._check(step())
         while self._not_sent:
             self._on_refused(*self._not_sent.popleft())
-        if self.up_since is None and time.monotonic() > self._answer_by:
+        if self._cut_short and self.problem is None:
+            self._help(self._look_closer)
+        elif self.up_since is None and time.monotonic() > self._answer_by:
             remedy = "see whether mqtt.port and mqtt.transport are those of an MQTT broker, and its log"
             self._fail(Problem("it accepts connections but does not answer", remedy))
 
@@ -211,13 +214,19 @@ class Connection:
         if self._opened.is_set():
             self._close_socket()
 
-    def _open(self, will: Message | None) -> None:
-        """Make the client and connect; on the helper thread."""
+    def _help(self, work: Callable[[], None]) -> None:
+        """Let a helper thread do what blocks; until it is done only it touches the client."""
+        self._opened.clear()
+        self._open_by = time.monotonic() + OPEN_S
+        threading.Thread(target=work, name="publisher-connect", daemon=True).start()
+
+    def _open(self) -> None:
+        """Make the client and connect; on a helper thread."""
         try:
             client = self._client = make_client(self._config, self._client_id, self.protocol)
             client.enable_logger(self._errors.logger)
-            if will is not None:
-                client.will_set(will.topic, will.payload, will.qos, will.retain)
+            if self._will is not None:
+                client.will_set(self._will.topic, self._will.payload, self._will.qos, self._will.retain)
             client.max_inflight_messages_set(0)  # unlimited: what has to wait waits here
             client.on_connect = self._on_connect
             client.on_disconnect = self._on_disconnect
@@ -229,7 +238,7 @@ class Connection:
         except Exception as error:  # whatever it is, the owner waits to be told
             if not isinstance(error, (OSError, ValueError, EdgeAsrError)):
                 log.exception("connecting to the broker failed")
-            self._fail(explain(error, self._config))
+            self._fail(self._why_not_accepted() if self._cut_short else explain(error, self._config))
         finally:
             self._answer_by = time.monotonic() + CONNECT_TIMEOUT_S
             self._opened.set()
@@ -295,7 +304,7 @@ class Connection:
             log.warning("a message on %s is not sent: %s", message.topic, refusal.why)
 
     def _check(self, code: MQTTErrorCode) -> None:
-        if code != MQTTErrorCode.MQTT_ERR_SUCCESS:
+        if code != MQTTErrorCode.MQTT_ERR_SUCCESS and not self._cut_short:
             self._fail(Problem(paho.error_string(code).rstrip(".").lower(), reasons.LOG))
 
     def _fail(self, problem: Problem) -> None:
@@ -326,33 +335,35 @@ class Connection:
             self.refused = problem.lasting
             self._fail(problem)
         elif self.up_since is None:
-            self._fail(self._why_not_accepted())
+            self._cut_short = True
         else:
             self._fail(self._why_lost(str(reason)))
 
+    def _look_closer(self) -> None:
+        """Find out why the broker hung up; on a helper thread."""
+        try:
+            self._fail(self._why_not_accepted())
+        finally:
+            self._opened.set()
+            self._wake()
+
     def _why_not_accepted(self) -> Problem:
-        """Return why it ended without an answer to CONNECT."""
+        """Return why it ended without an answer to CONNECT; blocks."""
         error, first = self._errors.last, self._first_bytes
         if first.startswith(b"\x15\x03"):  # an alert of TLS
-            remedy = "set mqtt.tls (ca_file, or enabled: true), or mqtt.port to its port without TLS"
-            return Problem("it speaks TLS on this port", remedy, lasting=True)
+            return second_look.speaks_tls()
         if first.startswith(b"HTTP"):
-            remedy = "set mqtt.transport to websockets, or correct mqtt.port"
-            return Problem("a web server answers there", remedy, lasting=True)
-        if isinstance(error, ssl.SSLError):
+            return second_look.web_server()
+        if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError):
             return explain(error, self._config)
-        self.unsupported = first.startswith(b"\x20")  # it can be read in the other version only
-        self.hung_up = not first or self.unsupported
+        self.unsupported = self.refused = first.startswith(b"\x20")  # a CONNACK that only the other version can read
         if self.unsupported:
-            self.refused = True
             return reasons.refused_connection(reasons.UNSUPPORTED_VERSION, f"no MQTT {self.protocol}")
         if first:
             return Problem("it answers, but not with MQTT", "correct mqtt.port and mqtt.transport", lasting=True)
-        if self._config.tls.enabled and self._config.tls.cert_file is None:
-            remedy = "if it asks for a certificate, set mqtt.tls.cert_file and mqtt.tls.key_file; else see its log"
-            return Problem("it hangs up without an answer", remedy)
-        remedy = "see whether mqtt.port, mqtt.transport, mqtt.tls and mqtt.protocol are what it expects, and its log"
-        return Problem("it hangs up without an answer", remedy)
+        problem = second_look.hung_up(self._config)
+        self.hung_up = not problem.lasting  # or another reason than the version was found
+        return problem
 
     def _why_lost(self, reason: str) -> Problem:
         if reason == "Keep alive timeout":
@@ -361,7 +372,7 @@ class Connection:
             return Problem("it sent what MQTT does not allow", reasons.LOG)
         error = self._errors.last
         why = "the connection was lost" + (f" ({error.strerror.lower()})" if error and error.strerror else "")
-        return Problem(why, reasons.LOG)
+        return Problem(why, f"see the broker's log, and whether another client uses the client id {self._client_id}")
 
     def _on_publish(self, client: paho.Client, userdata: Any, mid: int, reason: Any, properties: Any) -> None:
         message_id = self._in_flight.pop(mid, None)  # QoS 0 is reported too, and is not among them

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import socket
 import ssl
 from pathlib import Path
-from typing import Any
 
 from edge_asr.config_mqtt import MqttConfig, TlsConfig
 from edge_asr.errors import ConfigError
 from edge_asr.publish.reasons import Problem
 
-NOT_YET_VALID, EXPIRED, WRONG_NAME, WRONG_ADDRESS = 9, 10, 62, 64
+NOT_YET_VALID, EXPIRED = 9, 10
+WRONG_HOST = (62, 64)
 """OpenSSL's codes of what can be wrong with a certificate; most others mean that nobody we trust has signed it."""
 OURS_REFUSED = (
     "CERTIFICATE_REQUIRED",
@@ -21,6 +20,8 @@ OURS_REFUSED = (
     "ALERT_HANDSHAKE",
 )
 """How a broker says that it wants another certificate of ours, or one at all."""
+
+NO_TLS = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "UNEXPECTED_EOF_WHILE_READING")
 
 
 def make_context(config: TlsConfig) -> ssl.SSLContext:
@@ -87,17 +88,18 @@ def _unreadable(key: str, what: Path | str, error: Exception) -> ConfigError:
     return ConfigError(f"mqtt.tls.{key}: cannot read {what}: {getattr(error, 'strerror', None) or error}")
 
 
-def untrusted(error: ssl.SSLCertVerificationError, config: MqttConfig) -> Problem:
-    """Return what is wrong with the broker's certificate."""
-    code = error.verify_code
-    if code in (WRONG_NAME, WRONG_ADDRESS):
-        names = ", ".join(valid_names(config)) or "no host"
-        why = f"its certificate is valid for {names}, not for {config.host}"
-        return Problem(why, "set mqtt.host to such a name, or give the broker another certificate", lasting=True)
-    if code == EXPIRED:
+def wrong_host(names: list[str], host: str) -> Problem:
+    """Return what to say of a certificate that is valid for these hosts, and not for ours."""
+    why = f"its certificate is valid for {', '.join(names) or 'no host'}, not for {host}"
+    return Problem(why, "set mqtt.host to such a name, or give the broker another certificate", lasting=True)
+
+
+def untrusted(error: ssl.SSLCertVerificationError) -> Problem:
+    """Return what else is wrong with the broker's certificate."""
+    if error.verify_code == EXPIRED:
         remedy = "renew it, or set this machine's clock if that is wrong"
         return Problem("its certificate has expired", remedy, lasting=True)
-    if code == NOT_YET_VALID:
+    if error.verify_code == NOT_YET_VALID:
         return Problem("its certificate is not valid yet", "set this machine's clock if that is wrong")
     why = f"its certificate is not trusted ({error.verify_message})"
     return Problem(why, "set mqtt.tls.ca_file to the certificate of whoever signed it", lasting=True)
@@ -108,9 +110,7 @@ def failed(error: ssl.SSLError, config: MqttConfig) -> Problem:
     reason = error.reason or ""
     if any(part in reason for part in OURS_REFUSED):
         return refused_us(config)
-    if reason in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "UNEXPECTED_EOF_WHILE_READING") or isinstance(
-        error, ssl.SSLEOFError
-    ):
+    if reason in NO_TLS or isinstance(error, ssl.SSLEOFError):
         return no_tls_there()
     if "PROTOCOL_VERSION" in reason or reason in ("UNSUPPORTED_PROTOCOL", "VERSION_TOO_LOW"):
         return Problem("it does not speak TLS 1.2 or later", "update the broker, or its settings", lasting=True)
@@ -130,18 +130,3 @@ def no_tls_there() -> Problem:
     """Return what to say where TLS finds no partner."""
     remedy = "set mqtt.port to its TLS port (as a rule 8883), or switch mqtt.tls off"
     return Problem("it does not speak TLS on this port", remedy, lasting=True)
-
-
-def valid_names(config: MqttConfig, timeout_s: float = 5.0) -> list[str]:
-    """Return the hosts that the broker's certificate is valid for; that takes a connection of its own."""
-    context = make_context(config.tls)
-    context.check_hostname = False  # to look at a certificate; nothing is sent
-    try:
-        with (
-            socket.create_connection((config.host, config.port), timeout_s) as plain,
-            context.wrap_socket(plain, server_hostname=config.host) as sock,
-        ):
-            certificate: dict[str, Any] = sock.getpeercert() or {}
-    except OSError:
-        return []
-    return [value for kind, value in certificate.get("subjectAltName", ()) if kind in ("DNS", "IP Address")]
