@@ -137,9 +137,10 @@ class Answers:
         try:
             while (pending := await self._next()) is not None:
                 recognition = asyncio.wrap_future(pending.recognition)
+                # It is seen where it is answered: asyncio need not complain, also where nobody waits any more.
+                recognition.add_done_callback(lambda done: done.cancelled() or done.exception())
                 # Not awaited itself: one that was given up is cancelled, which would end this task.
                 await asyncio.wait([recognition])
-                recognition.cancelled() or recognition.exception()  # has been seen: asyncio need not complain
                 self._try(self._pending.popleft())
                 async with self._changed:
                     self._changed.notify_all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
@@ -61,6 +62,25 @@ async def test_transcripts_come_in_the_order_of_their_segments_whatever_is_recog
             recognize(segment, text)
     assert [transcript.text for transcript in sink.transcripts] == ["甲", "乙", "丙"]
     assert [transcript.id for transcript in sink.transcripts] == [segment.segment.id for segment in segments]
+
+
+async def test_what_fails_when_nobody_waits_for_it_any_more_is_no_news(caplog: pytest.LogCaptureFixture) -> None:
+    sink, waiting = Collector(), pending()
+    answers = Answers([sink], Labels("test", "fed", "none"), Gates(), Attention(), 10.0)
+    running = asyncio.create_task(answers.run())
+    await answers.put(waiting)
+    assert waiting.recognition.set_running_or_notify_cancel()
+    for _ in range(5):  # until it waits for the engine
+        await asyncio.sleep(0)
+    running.cancel()
+    await asyncio.wait([running])
+    waiting.recognition.set_exception(EngineError("on purpose"))
+    for _ in range(3):
+        await asyncio.sleep(0)
+    del waiting, running  # asyncio complains when it is gone
+    gc.collect()
+    assert [transcript.lost for transcript in sink.transcripts] == [True]
+    assert [record.getMessage() for record in caplog.records if record.name == "asyncio"] == []
 
 
 async def test_another_model_s_thresholds_hold_and_each_transcript_names_the_model_that_heard_it() -> None:
