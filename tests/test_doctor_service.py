@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 from bundled import BUNDLE, bundle_of, engine_of
+from certificates import Certificates
 from machines import (
     GPU_ANSWERS,
     ORIN,
@@ -244,7 +246,7 @@ def guarded(tmp_path: Path, mosquitto_installed: None) -> Iterator[Mosquitto]:
 def test_a_broker_admits_its_account_and_nothing_is_published(guarded: Mosquitto) -> None:
     with Subscriber(guarded.port, username="hall", password="open-sesame") as subscriber:
         finding = visit(guarded.port, username="hall", password="open-sesame")
-        assert finding == ok(f"127.0.0.1:{guarded.port} admits us as hall")
+        assert finding == ok(f"127.0.0.1:{guarded.port} admits us as hall (MQTT 5)")
         command = ["mosquitto_pub", "-p", str(guarded.port), "-u", "hall", "-P", "open-sesame", "-t", "end", "-m", "."]
         subprocess.run(command, check=True, timeout=30)
         subscriber.wait_for(lambda seen: seen.messages, "the end")
@@ -262,25 +264,44 @@ def test_a_wrong_account_is_told_from_a_broker_that_is_away(guarded: Mosquitto, 
 def test_a_closed_port_is_told() -> None:
     finding = visit(free_port())
     assert finding.status == "fail"
-    assert finding.found.endswith("without an account: nobody listens there")
+    assert finding.found.endswith("without an account: connection refused: nobody listens there")
 
 
 def test_a_name_that_nobody_knows_is_told() -> None:
-    finding = service.unreachable(socket.gaierror(socket.EAI_NONAME, "Name or service not known"))
-    assert finding.found == "its name cannot be resolved"
+    finding = visit(1883, host="no.such.invalid")
+    assert finding.found == "no.such.invalid:1883, without an account: its name cannot be resolved"
+    assert "mqtt.host" in str(finding.remedy)
 
 
 def test_what_listens_and_is_no_broker_is_told() -> None:
     def hang_up(listener: socket.socket) -> None:
-        with listener, listener.accept()[0] as visitor:
-            visitor.recv(4096)
+        with contextlib.suppress(OSError):  # closed
+            while True:
+                with listener.accept()[0] as visitor:
+                    visitor.recv(4096)
 
-    listener = socket.create_server(("127.0.0.1", 0))
-    thread = threading.Thread(target=hang_up, args=(listener,), daemon=True)
-    thread.start()
-    finding = visit(listener.getsockname()[1])
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=hang_up, args=(listener,), daemon=True)
+        thread.start()
+        finding = visit(listener.getsockname()[1])
+        listener.shutdown(socket.SHUT_RDWR)
     thread.join(30)
-    assert finding.found.endswith("it accepts connections but hangs up")
+    assert finding.found.endswith("it hangs up without an answer")
+
+
+def test_the_broker_is_visited_over_tls_and_what_is_wrong_there_is_told(
+    tmp_path: Path, mosquitto_installed: None, certificates: Certificates
+) -> None:
+    server = Mosquitto(tmp_path, tls=certificates.server)
+    server.start()
+    try:
+        finding = visit(server.tls_port, tls={"ca_file": certificates.authority.file})
+        assert finding == ok(f"127.0.0.1:{server.tls_port} admits us without an account (MQTT 5, TLS)")
+        finding = visit(server.tls_port, tls={"ca_file": certificates.foreign.file})
+        assert "its certificate is not trusted" in finding.found
+        assert "mqtt.tls.ca_file" in str(finding.remedy)
+    finally:
+        server.kill()
 
 
 def test_a_name_that_is_looked_up_for_ever_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,8 +315,7 @@ def test_a_name_that_is_looked_up_for_ever_is_given_up(monkeypatch: pytest.Monke
 
 def test_what_breaks_on_the_way_to_the_broker_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", lambda *place, **kind: 1 // 0)
-    with pytest.raises(ZeroDivisionError):
-        visit(1883)
+    assert "division" in visit(1883).found
 
 
 @pytest.mark.slow

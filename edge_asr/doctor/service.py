@@ -6,26 +6,21 @@ import json
 import os
 import platform
 import shutil
-import socket
 import sys
-import threading
-import time
 import uuid
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
 from typing import Any
 
 from edge_asr.config_mqtt import MqttConfig
 from edge_asr.doctor.patient import CannotTellError, Patient
 from edge_asr.doctor.report import Finding, fail, ok, warn
-from edge_asr.errors import BundleError, EngineError
+from edge_asr.errors import BundleError, ConfigError, EngineError
 from edge_asr.loader import engine_folder
 from edge_asr.recognizer.bundle import Bundle
 from edge_asr.recognizer.manifest import AUTO, FILE, ONNX, SCHEMA, TENSORRT, check_files, read_manifest, unfit
 
-BROKER_S = 3.0
-"""For name, TCP connection and the broker's answer together."""
+BROKER_S = 12.0
+"""For name, connection, handshakes and the broker's answer together, also where a second version of MQTT is tried."""
 
 
 def configuration(patient: Patient) -> Finding:
@@ -157,73 +152,26 @@ def _readable(patient: Patient) -> Bundle:
 
 def broker(patient: Patient) -> Finding:
     """Return whether the broker admits the configured account; nothing is published."""
+    from edge_asr.publish.visit import visiting
+
     config = patient.settings.mqtt
     if not config.enabled:
         return ok("mqtt.enabled is false")
-    where = f"{config.host}:{config.port}"
-    account = f"as {config.username}" if config.username else "without an account"
-    try:
-        refusal = _asked(config, config.read_password()).result(timeout=2 * BROKER_S)
-    except FutureTimeoutError:  # a name may have several addresses, or be looked up for ever
-        refusal = fail("no answer in time", "correct mqtt.host and mqtt.port, or see to name server and firewall")
-    if refusal is None:
-        return ok(f"{where} admits us {account}")
-    return fail(f"{where}, {account}: {refusal.found}", refusal.remedy or "")
-
-
-def _asked(config: MqttConfig, password: str | None) -> Future[Finding | None]:
-    """Ask the broker on a thread that nobody has to wait for: nothing can end the resolution of a name."""
-    outcome: Future[Finding | None] = Future()
-
-    def talk() -> None:
-        try:
-            outcome.set_result(_refusal(config, password))
-        except Exception as error:  # noqa: BLE001 - whoever waits for the outcome gets it
-            outcome.set_exception(error)
-
-    threading.Thread(target=talk, name="doctor-broker", daemon=True).start()
-    return outcome
-
-
-def _refusal(config: MqttConfig, password: str | None) -> Finding | None:
-    """Return why the broker does not admit us, None where it does."""
-    import paho.mqtt.client as paho
-    from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
-
-    answers: list[Any] = []
+    where, account = f"{config.host}:{config.port}", _account(config)
     name = f"doctor-{uuid.uuid4().hex[:12]}"  # the daemon's own would throw out the one that runs
-    client = paho.Client(CallbackAPIVersion.VERSION2, name, protocol=paho.MQTTv311, reconnect_on_failure=False)
-    client.username_pw_set(config.username, password)
-    client.connect_timeout = BROKER_S
-    client.on_connect = lambda client, data, flags, reason, properties: answers.append(reason)
-    until = time.monotonic() + BROKER_S
+    with visiting(config, name, BROKER_S) as connection:
+        if connection.problem is not None:
+            return fail(f"{where}, {account}: {connection.problem.why}", connection.problem.remedy)
+        way = "".join((", TLS" * config.tls.enabled, ", WebSocket" * (config.transport == "websockets")))
+        return ok(f"{where} admits us {account} (MQTT {connection.protocol}{way})")
+
+
+def _account(config: MqttConfig) -> str:
     try:
-        client.connect(config.host, config.port)
-    except (OSError, ValueError) as error:  # ValueError: a host name that cannot be encoded
-        return unreachable(error)
-    code = MQTTErrorCode.MQTT_ERR_SUCCESS
-    while not answers and code == MQTTErrorCode.MQTT_ERR_SUCCESS and time.monotonic() < until:
-        code = client.loop(timeout=0.1)
-    client.disconnect()
-    if answers and answers[0].is_failure:
-        remedy = "correct mqtt.username and the password, or the broker's access list"
-        return fail(f"it refused: {str(answers[0]).lower()}", remedy)
-    if answers:
-        return None
-    what = "does not answer" if code == MQTTErrorCode.MQTT_ERR_SUCCESS else "hangs up"
-    return fail(f"it accepts connections but {what}", "see whether it is an MQTT broker without TLS, and its log")
-
-
-def unreachable(error: OSError | ValueError) -> Finding:
-    """Return what the error of an attempt to connect means."""
-    if isinstance(error, socket.gaierror):
-        return fail("its name cannot be resolved", "correct mqtt.host, or the machine's name server")
-    if isinstance(error, ConnectionRefusedError):
-        remedy = "start the broker, or correct mqtt.host and mqtt.port (by itself Mosquitto only listens locally)"
-        return fail("nobody listens there", remedy)
-    if isinstance(error, TimeoutError):
-        return fail("it does not answer", "correct mqtt.host and mqtt.port, or let them through the firewall")
-    return fail((getattr(error, "strerror", None) or str(error)).lower(), "correct mqtt.host and mqtt.port")
+        name = config.read_username()
+    except ConfigError:  # the connection will say so
+        return f"as told in {config.username_file}"
+    return "without an account" if name is None else f"as {name}"
 
 
 def split(error: Exception) -> tuple[str, str]:

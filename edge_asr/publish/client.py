@@ -187,16 +187,19 @@ class Versions:
         self.current: Version = "3.1.1" if configured == "3.1.1" else "5"
         self._may_change = configured == "auto"
         self._hang_ups = 0
+        self._switched = False  # since one has worked
 
     def worked(self) -> None:
         """Keep the current version: the broker has accepted it."""
         self._hang_ups = 0
+        self._switched = False
 
     def failed(self, *, unsupported: bool, hung_up: bool) -> bool:
-        """Take note of a failure; return whether another version is to be tried, at once."""
+        """Take note of a failed attempt; return whether to make the next one, with another version, at once."""
         self._hang_ups = self._hang_ups + 1 if hung_up else 0
         if not self._may_change or not (unsupported or self._hang_ups >= self.HANG_UPS):
             return False
         self._hang_ups = 0
         self.current = "3.1.1" if self.current == "5" else "5"
-        return True
+        at_once, self._switched = not self._switched, True  # where neither is understood, there is no hurry
+        return at_once
