@@ -213,6 +213,44 @@ def devices(
         cli_devices.show_list(microphones, json_lines)
 
 
+@app.command()
+def subscribe(
+    json_lines: Annotated[bool, typer.Option("--json", help="Print a message a line, as JSON.")] = False,
+    device: Annotated[
+        str, typer.Option("--device", metavar="NAME", help="The device_id of an appliance; + is all of them.")
+    ] = "+",
+    topic: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--topic",
+            metavar="transcript|said|partial|state|all",
+            help="What to show; repeatable. If not given: transcript, with --json; else partial and state too.",
+        ),
+    ] = None,
+    complete: Annotated[
+        bool, typer.Option("--complete", help="Every transcript once and in order: ask for those that are missing.")
+    ] = False,
+    state: Annotated[
+        Path | None,
+        typer.Option("--state", metavar="FILE", help="With --complete: go on where the last run ended, kept here."),
+    ] = None,
+    since_seq: Annotated[
+        int | None,
+        typer.Option("--since-seq", metavar="N", min=1, help="With --complete and --device: begin at this number."),
+    ] = None,
+    config: ConfigOption = None,
+    override: OverrideOption = None,
+) -> None:
+    """Show what appliances publish, live, from any machine, until Ctrl-C."""
+    settings = read_config(config, override, ANY_MODEL)
+    from edge_asr import cli_subscribe, logs
+
+    logs.set_up(settings.log.level)
+    cli_subscribe.subscribe(
+        settings.mqtt, device, topic or (), json_lines=json_lines, complete=complete, state=state, since_seq=since_seq
+    )
+
+
 @app.command("build-engine")
 def build_engine(
     model: ModelOption = None,

@@ -232,10 +232,14 @@ class Follower:
 def parse(payload: str | bytes) -> Mapping[str, Any] | None:
     """Return the JSON object that a payload is; None: it is none."""
     try:
-        content = json.loads(payload)
+        content = json.loads(payload, parse_constant=_refuse)
     except (ValueError, RecursionError):  # a thousand brackets are too deep
         return None
     return content if isinstance(content, dict) else None
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
 
 
 def _is_number(value: Any) -> TypeGuard[int]:
