@@ -60,6 +60,8 @@ class Desk:
             self._view.message(device, name, topic, payload)
         if self.followers is not None and not retained and device in self.followers:
             self.followers[device].alive(time.monotonic())
+            if name == "status" and payload == b"online":
+                return self.handle(device, self.followers[device].connected(time.monotonic()))
         return requests
 
     def handle(self, device: str, events: Iterable[Event]) -> list[tuple[str, str]]:
@@ -155,7 +157,7 @@ def _follow(config: MqttConfig, device: str, desk: Desk, shown: Sequence[str], k
         for name, follower in (desk.followers or {}).items():
             send(desk.handle(name, follower.connected(time.monotonic())))
 
-    names = {*shown, *(("transcript", "state", REPLAY_RESULT) if desk.followers is not None else ())}
+    names = {*shown, *(("transcript", "state", "status", REPLAY_RESULT) if desk.followers is not None else ())}
     if COMMAND_RESULTS in names:
         names.discard(REPLAY_RESULT)  # where two subscriptions overlap, some brokers send a message twice
     subscription = Subscription(

@@ -13,7 +13,7 @@ HELD_LIMIT = 20_000
 """Transcripts that wait for those before them; with one more the missing ones are given up."""
 RETRY_S = 6.0
 """A replay that has brought nothing for so long is asked for again; the same request within 5 s is no new one."""
-UNANSWERED_LIMIT = 3
+UNANSWERED_LIMIT = 5
 """So often an appliance that is alive may leave a request unanswered, while transcripts wait."""
 IDS_LIMIT = 10_000
 """Ids that are remembered."""
@@ -116,7 +116,8 @@ class Follower:
         return len(self._held)
 
     def connected(self, now: float) -> list[Event]:
-        """Ask for what was published while nobody subscribed, on every connect."""
+        """Ask for what was missed; on every connect, and whenever the appliance comes online: it has forgotten us."""
+        self._unanswered = 0
         return [] if self.next_seq is None else [self._ask(now)]
 
     def alive(self, now: float) -> None:
@@ -209,13 +210,11 @@ class Follower:
 
     def _skip(self, last: int, why: str = NOT_KEPT) -> Iterator[Event]:
         """Deliver what is there up to this number: what is missing of it does not come."""
-        while self.next_seq is not None and self.next_seq <= last:
-            there = min(min(self._held, default=math.inf), last + 1)
-            if there > self.next_seq:
-                yield Gap(self.next_seq, int(there) - 1, why)
-                self.next_seq = int(there)
+        for there in [*sorted(seq for seq in self._held if seq <= last), last + 1]:
+            if self.next_seq is not None and self.next_seq < there:
+                yield Gap(self.next_seq, there - 1, why)
+                self.next_seq = there
             yield from self._flush()
-        yield from self._flush()
 
     def _flush(self) -> Iterator[Event]:
         while self.next_seq in self._held:

@@ -150,7 +150,18 @@ def test_an_appliance_that_lives_and_never_answers_holds_nothing_back_for_ever()
     for second in range(2, 60):
         follower.alive(second)
         events += follower.tick(second)
-    assert shown(events) == [Replay(5), Replay(5), Gap(5, 8, NO_ANSWER), 9, Gap(10, 10, NO_ANSWER), 11]
+    assert shown(events) == [*[Replay(5)] * 4, Gap(5, 8, NO_ANSWER), 9, Gap(10, 10, NO_ANSWER), 11]
+
+
+def test_an_appliance_that_restarts_again_and_again_is_not_one_that_does_not_answer() -> None:
+    follower = Follower(next_seq=5)
+    follower.feed(row(9), 0)
+    events: list[Event] = []
+    for second in range(1, 600):
+        follower.alive(second)
+        events += follower.tick(second)
+        events += follower.connected(second) if second % 10 == 0 else []
+    assert set(events) == {Replay(5)}
 
 
 def test_an_appliance_that_is_away_is_waited_for() -> None:

@@ -242,6 +242,14 @@ def test_complete_fills_a_gap_and_tells_of_what_is_gone(broker: Mosquitto, subsc
     assert program.err == expected
 
 
+def test_an_appliance_that_comes_online_is_asked_again(broker: Mosquitto, subscribe: Subscribe) -> None:
+    program = subscribe(broker, "--json", "--complete", "--device", "hall", "--since-seq", "1")
+    with replaying(broker.port, {1: row(1)}) as asked:
+        send(broker.port, f"{HALL}/status", "online", retained=True)
+        program.wait_for(lambda: program.numbers == [1], "what it keeps")
+    assert asked == [1]
+
+
 def test_a_broker_that_is_away_is_told_once_and_waited_for(broker: Mosquitto, subscribe: Subscribe) -> None:
     program = subscribe(broker, "--json")
     broker.stop()
