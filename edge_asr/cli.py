@@ -189,8 +189,8 @@ def devices(
         str | None,
         typer.Argument(
             metavar="[DEVICE]",
-            help="What --meter listens to: a name, a part of one, or a stable name; the first microphone of the"
-            " configuration if not given, else the default one.",
+            help="What to list, or to listen to with --meter: a name, a part of one, or a stable name. If not given:"
+            " all are listed; the meter takes the first microphone of the configuration, else the default one.",
         ),
     ] = None,
     meter: Annotated[bool, typer.Option("--meter", help="Show how loud the device is, until Ctrl-C.")] = False,
@@ -210,7 +210,7 @@ def devices(
     if meter:
         cli_devices.show_meter(cli_devices.metered(microphones, device, channel), seconds, json_lines)
     else:
-        cli_devices.show_list(microphones, json_lines)
+        cli_devices.show_list(microphones, device, json_lines)
 
 
 @app.command()

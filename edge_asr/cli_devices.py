@@ -17,7 +17,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from edge_asr.audio.devices import InputDevice, choose
+from edge_asr.audio.devices import InputDevice, choose, matching
 from edge_asr.audio.microphone import MicrophoneSource
 from edge_asr.audio.portaudio import input_devices
 from edge_asr.config import MicrophoneSourceConfig
@@ -35,10 +35,15 @@ METER_EVERY_S = 0.1
 FIELDS = ("name", "host_api", "channels", "rate", "stable_id", "paths", "is_default")
 
 
-def show_list(microphones: Sequence[MicrophoneSourceConfig], json_lines: bool) -> None:
-    """Print the devices there are to record from, with the configured sources that mean them. Raises AudioError."""
+def show_list(microphones: Sequence[MicrophoneSourceConfig], wanted: str | None, json_lines: bool) -> None:
+    """Print the devices there are to record from, or those `wanted`, with the configured sources that mean them.
+
+    Raises AudioError.
+    """
     devices = input_devices()
     sources, problems = _sources_by_device(devices, microphones)
+    if wanted is not None:
+        devices, problems = matching(devices, wanted), []
     if json_lines:
         for device in devices:
             fields = {name: getattr(device, name) for name in FIELDS}

@@ -51,6 +51,16 @@ def test_devices_are_listed_with_what_the_configuration_wants() -> None:
     ]
 
 
+def test_only_devices_of_the_name_given_are_listed_and_one_that_is_not_there_is_an_error() -> None:
+    named = [json.loads(line)["name"] for line in devices("PUL", "--json")[1].splitlines()]
+    assert named == ["pulse"]
+    both = [json.loads(line)["name"] for line in devices("u", "--json")[1].splitlines()]
+    assert both == ["USB Mic: Audio", "pulse"]
+    code, output, errors = devices("nothing")
+    assert (code, output) == (2, "")
+    assert errors.startswith("edge-asr: microphone nothing: not found; there is 'USB Mic: Audio'")
+
+
 def on_a_terminal(columns: int, *arguments: str) -> str:
     """Return what a terminal of so many columns shows."""
     ours, theirs = pty.openpty()

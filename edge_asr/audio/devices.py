@@ -84,7 +84,15 @@ def describe(
 
 
 def choose(devices: Sequence[InputDevice], wanted: str) -> InputDevice:
-    """Return the one device that `wanted` means. Raises AudioError where there is none, or more than one.
+    """Return the one device that `wanted` means; see `matching`. Raises AudioError where there is none, or more."""
+    found = matching(devices, wanted)
+    if len(found) > 1:
+        raise AudioError(f"microphone {wanted}: could be each of {_listed(found)}; name more of it, or its path")
+    return found[0]
+
+
+def matching(devices: Sequence[InputDevice], wanted: str) -> list[InputDevice]:
+    """Return the devices that `wanted` may mean. Raises AudioError where there is none.
 
     `wanted` is `default`, a link or node below /dev/snd, an ALSA name with the card's identifier
     (`hw:CARD=Device,DEV=0`), or a name: whole or a part of it, in any case.
@@ -99,10 +107,8 @@ def choose(devices: Sequence[InputDevice], wanted: str) -> InputDevice:
         found = [device for device in devices if _has_id(device, alsa["card"], int(alsa["device"] or 0))]
     else:
         found = _called(devices, wanted)
-    if len(found) == 1:
-        return found[0]
     if found:
-        raise AudioError(f"microphone {wanted}: could be each of {_listed(found)}; name more of it, or its path")
+        return found
     raise AudioError(f"microphone {wanted}: not found; there is {_listed(devices)}; plug it in, or name one of these")
 
 
