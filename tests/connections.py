@@ -43,7 +43,6 @@ class Served:
         self.acknowledged: list[int] = []
         self.refused: list[tuple[int, Refusal]] = []
         self.messages: list[tuple[str, bytes, bool]] = []
-        self.servings = 0
         self._bell, self._ear = socket.socketpair()
         self._bell.setblocking(False)
         self.connection = Connection(
@@ -71,22 +70,23 @@ class Served:
     def _wake(self) -> None:
         self._bell.send(b"\0")
 
-    def serve(self, longest_s: float = 1.0) -> None:
-        """Sleep until there is something to do, and do it: what the publisher does."""
+    def serve(self, longest_s: float = 1.0) -> bool:
+        """Sleep until there is something to do, and do it, as the publisher does; return whether nothing came."""
         poller = select.poll()
         poller.register(self._ear, select.POLLIN)
         self.connection.register(poller)
-        if any(found == self._ear.fileno() for found, _ in poller.poll(longest_s * 1000)):
+        awake = poller.poll(longest_s * 1000)
+        if any(found == self._ear.fileno() for found, _ in awake):
             self._ear.recv(4096)
-        self.servings += 1
         self.connection.serve()
+        return not awake
 
     def until(self, condition: Callable[[Served], object], what: str) -> None:
-        """Serve until the condition holds."""
+        """Serve until the condition holds, with the sleeps of the publisher."""
         give_up_at = time.monotonic() + PATIENCE_S
         while not condition(self):
             assert time.monotonic() < give_up_at, f"waited in vain for {what}; {self.connection.failure}"
-            self.serve(0.05)
+            self.serve(1.0)
 
     def connect(self) -> None:
         """Serve until the broker has accepted."""

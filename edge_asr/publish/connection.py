@@ -146,7 +146,7 @@ class Connection:
 
     def register(self, poller: select.poll) -> None:
         """Let the poller watch the socket, where there is one."""
-        sock = self._socket() if self.problem is None else None
+        sock = None if self.problem is not None or self._dropped else self._socket()
         if sock is not None:
             # What TLS has decrypted ahead no poll sees: that the socket can be written to, as nearly always, wakes.
             busy = self._live.want_write() or self._not_sent or self._pending(sock)
@@ -154,7 +154,7 @@ class Connection:
 
     def serve(self) -> None:
         """Read, write and keep alive, without blocking."""
-        if self.problem is not None:
+        if self.problem is not None or self._dropped:
             return
         if not self._opened.is_set():
             if time.monotonic() > self._open_by:
