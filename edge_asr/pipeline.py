@@ -189,14 +189,23 @@ class Listener:
         self._ahead_s = max(0.0, ahead_s - DRIFT * passed_s)
 
     async def _interrupt(self) -> None:
-        """Sound is missing from here on. What has paused is whole; half a command must not be acted on."""
-        if self._segmenter.paused:
+        """Sound is missing from here on. Half a command must not be acted on."""
+        if self._whole():
             for event in self._segmenter.finish():
                 await self._handle(event)
         elif self._open is not None:
             metrics.CUT_SHORT.inc()
             log.warning("%s: sound is missing in the middle of a segment, which is dropped", self._labels.source)
         self._forget("sound is missing")
+
+    def _whole(self) -> bool:
+        """Tell whether what is being said has paused for as long as a whole command does.
+
+        Words are further apart than the post-roll: 调到二十 … may become 二十六. A text that ends open is not whole.
+        """
+        preset, silence = self._segmenter.endpoint, self._segmenter.silence
+        least = min(preset, COMPLETE_ENDPOINT)
+        return self._segmenter.paused and silence >= least and self._segmenter.pause_endpoint <= preset
 
     def _forget(self, why: str) -> None:
         """Drop what is being said, and begin anew with the next chunk."""
@@ -208,8 +217,8 @@ class Listener:
         self._recording.forget(self._segmenter.earliest_needed)
 
     async def _finish(self) -> None:
-        """End the segment that is open. Half a command must not be acted on: 调到二十 may have become 二十六."""
-        if self._stopping and self._open is not None and not self._segmenter.paused:
+        """End the segment that is open. Who stops in the middle may have said half a command only."""
+        if self._stopping and self._open is not None and not self._whole():
             log.info("%s: stopped in the middle of a segment, which is dropped", self._labels.source)
             self._drop(self._open)
             return

@@ -77,7 +77,7 @@ def test_what_may_or_may_not_go_on_is_unknown(text: str) -> None:
         "调高温度", "播放音乐", "把灯打开", "把空调调低", "音量调低", "客厅灯打开", "停止播放", "暂停", "下一首",
         "把空调调到二十六度", "空调设置为制冷", "调到二十六点五度", "设定二十度", "音量调到百分之三十五",
         "调到 26℃", "调到 50%",
-        "设置二十分钟闹钟", "设置五分钟的倒计时", "现在几点了", "今天天气怎么样", "灯关了吗",
+        "设置二十分钟闹钟", "设置五分钟的倒计时", "现在几点", "现在几点了", "今天天气怎么样", "灯关了吗",
         "Turn on the living room light.", "turn the light on", "increase the volume", "start machine number three",
         "set the temperature to twenty six degrees", "what time is it", "Pause!",
     ],

@@ -65,10 +65,11 @@ async def hear(
     live: bool = True,
     stop: bool = False,
     detector: ByLevel | None = None,
+    endpoint: int = 5,
 ) -> list[Transcript]:
     """Return what a listener offers of a source, which is stopped once its chunks are taken."""
     sink = Collector()
-    rules = Rules(endpoint=5, pre_roll=2, min_speech=2)
+    rules = Rules(endpoint=endpoint, pre_roll=2, min_speech=2)
     await scheduler.start()
     labels = Labels("test", "fed", "counting")
     pace = Pace(live)
@@ -115,8 +116,12 @@ async def test_stopping_in_the_middle_of_a_sentence_publishes_no_half_of_it() ->
 
 
 async def test_stopping_in_the_pause_after_a_sentence_publishes_it() -> None:
-    heard = await hear(Fed("...xxxxxx...", then_wait=True), CountingScheduler(), stop=True)
+    heard = await hear(Fed("...xxxxxx........", then_wait=True), CountingScheduler(), stop=True, endpoint=12)
     assert [transcript.text for transcript in heard] == ["11"]
+
+
+async def test_stopping_in_a_pause_that_may_be_one_between_words_publishes_nothing() -> None:
+    assert await hear(Fed("...xxxxxx.......", then_wait=True), CountingScheduler(), stop=True, endpoint=12) == []
 
 
 async def test_the_end_of_a_source_ends_its_sentence() -> None:
@@ -135,17 +140,16 @@ def cut_short() -> float:
 
 async def test_a_sentence_that_has_paused_before_a_gap_is_whole_and_was_decoded_at_its_pause() -> None:
     scheduler, before = CountingScheduler(), cut_short()
-    (transcript,) = await hear(Fed("...xxxxxx...!..."), scheduler)
+    (transcript,) = await hear(Fed("...xxxxxx........!..."), scheduler, endpoint=12)
     assert (transcript.text, transcript.decoded_at_pause) == ("11", True)
     assert scheduler.asked == [11]
     assert cut_short() == before
 
 
-@pytest.mark.parametrize("silence", ["", ".", ".."])
+@pytest.mark.parametrize("silence", ["", ".", "..", "...", "......."])
 async def test_a_sentence_that_a_gap_cuts_off_is_dropped_and_counted(silence: str) -> None:
     scheduler, before = CountingScheduler(), cut_short()
-    assert await hear(Fed(f"...xxxxxx{silence}!........"), scheduler) == []
-    assert scheduler.asked == []
+    assert await hear(Fed(f"...xxxxxx{silence}!........"), scheduler, endpoint=12) == []
     assert cut_short() == before + 1
 
 
@@ -175,11 +179,11 @@ async def test_a_gap_in_silence_changes_nothing_but_the_times() -> None:
 
 
 async def test_stopping_after_a_gap_publishes_what_had_paused_before() -> None:
-    heard = await hear(Fed("...xxxxxx...!..xxx", then_wait=True), CountingScheduler(), stop=True)
+    heard = await hear(Fed("...xxxxxx........!..xxx", then_wait=True), CountingScheduler(), stop=True, endpoint=12)
     assert [transcript.text for transcript in heard] == ["11"]
 
 
-KNOWN, OPEN_END, OTHER = "打开客厅灯。", "把空调调到", "现在几点"
+KNOWN, OPEN_END, OTHER = "打开客厅灯。", "把空调调到", "好的"
 KNOWN_PHRASES = frozenset({"打 开 客 厅 灯"})
 
 
@@ -334,6 +338,14 @@ async def test_what_is_decoded_after_the_preset_changes_neither_this_segment_nor
     ended, transcripts, _ = await endings(SENTENCE + "." * 14 + SENTENCE + SILENT, [OPEN_END, OTHER], late=15)
     assert ended == [12, 12]
     assert len(transcripts) == 2
+
+
+@pytest.mark.parametrize(("text", "published"), [(OPEN_END, []), ("音量调到百分之三十", []), (OTHER, [OTHER])])
+async def test_before_a_gap_what_ends_open_is_not_published_however_long_its_pause(
+    text: str, published: list[str]
+) -> None:
+    _, transcripts, _ = await endings(SENTENCE + "." * 11 + "!" + SILENT, [text])
+    assert [transcript.text for transcript in transcripts] == published
 
 
 async def test_a_decode_that_is_overtaken_by_speech_sets_no_later_pause() -> None:

@@ -67,7 +67,7 @@ WORDS = {
     "Z": "今天 明天 现在",
     "G": "turn switch",
     "R": "on off",
-    "E": "几点了 几点钟 怎么样 怎么样了 多少度 吗 呢 what_time_is_it",
+    "E": "几点 几点了 几点钟 怎么样 怎么样了 多少度 吗 呢 what_time_is_it",
 }  # fmt: skip
 """By letter, what commands are made of; `_` joins the words of one entry."""
 _NUMERAL = re.compile(

@@ -111,6 +111,11 @@ class Segmenter:
         return self._preset
 
     @property
+    def pause_endpoint(self) -> int:
+        """The same of the present pause, by its text where that is known."""
+        return self._endpoint
+
+    @property
     def paused(self) -> bool:
         """True while the open segment is silent: between `Paused` and `Resumed` or `Ended`."""
         return self._paused
