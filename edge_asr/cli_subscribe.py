@@ -28,6 +28,8 @@ COMMAND_RESULTS = "cmd/+/result"
 REPLAY, REPLAY_RESULT = "cmd/replay", "cmd/replay/result"
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 TICK_S = 0.5
+STATE_EVERY_S = 0.1
+"""The state is written at once, in a flood of transcripts so often: killed then, it shows these once more."""
 DEVICES_LIMIT = 1000
 """Appliances that are kept apart; of others nothing is shown."""
 
@@ -150,8 +152,6 @@ def _follow(config: MqttConfig, device: str, desk: Desk, shown: Sequence[str], k
     def send(requests: Iterable[tuple[str, str]]) -> None:
         for topic, payload in requests:
             subscription.publish(topic, payload)
-        if kept is not None:
-            kept.write(desk)
 
     def connected() -> None:
         for name, follower in (desk.followers or {}).items():
@@ -167,11 +167,15 @@ def _follow(config: MqttConfig, device: str, desk: Desk, shown: Sequence[str], k
         on_connected=connected,
         tell=tell,
     )
+    written_at = -STATE_EVERY_S
     try:
         while True:
             subscription.serve(TICK_S)
             for name, follower in (desk.followers or {}).items():
                 send(desk.handle(name, follower.tick(time.monotonic())))
+            if kept is not None and time.monotonic() - written_at >= STATE_EVERY_S:
+                kept.write(desk)
+                written_at = time.monotonic()
     finally:
         subscription.close()
         if kept is not None:

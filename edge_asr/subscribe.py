@@ -66,6 +66,8 @@ class _Request:
     """When it last brought something."""
     got: set[int]
     """What has come, or was there, of what it is to bring."""
+    known_to: int
+    """The highest number that had come when it was asked for."""
     answer: tuple[int, int, int] | None = None
     """First, last and number of the transcripts that it brings."""
     came: int = 0
@@ -147,7 +149,7 @@ class Follower:
         request.moved_at = now
         if answer.get("rows") == 0:
             self._request = None
-            return list(self._skip(max(self._held, default=0)))
+            return [*self._skip(request.known_to), *self._settle(now)]
         first, last, rows = (answer.get(key) for key in ("from_seq", "to_seq", "rows"))
         if not (_is_number(first) and _is_number(last) and _is_number(rows)):
             return []
@@ -205,7 +207,7 @@ class Follower:
 
     def _ask(self, now: float) -> Replay:
         assert self.next_seq is not None, "there is something to ask for"
-        self._request = _Request(self.next_seq, now, now, set(self._held))
+        self._request = _Request(self.next_seq, now, now, set(self._held), max(self._held, default=0))
         return Replay(self.next_seq)
 
     def _skip(self, last: int, why: str = NOT_KEPT) -> Iterator[Event]:

@@ -93,6 +93,13 @@ def test_nothing_is_kept_at_all() -> None:
     assert shown(follower.tick(100)) == []
 
 
+def test_that_nothing_is_kept_says_nothing_of_what_was_published_later() -> None:
+    follower = Follower(next_seq=5)
+    follower.connected(0)
+    follower.feed(row(9), 0)
+    assert shown(follower.answer(NONE_KEPT, 0)) == [Replay(5)]
+
+
 def test_on_every_connect_it_asks_for_what_it_has_missed() -> None:
     follower = Follower()
     assert follower.connected(0) == []
