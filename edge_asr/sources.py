@@ -56,6 +56,8 @@ class WatchedSource:
     def mute(self, muted: bool) -> None:
         """Close a microphone, or open it again; other sources play on and are not heard."""
         self._muted = muted
+        if isinstance(self.audio, StdinSource) and not muted:
+            self.audio.forget()
         if not isinstance(self.audio, MicrophoneSource):
             self._on_change()
         elif muted:

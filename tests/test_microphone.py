@@ -210,6 +210,24 @@ async def test_what_is_not_taken_in_time_is_dropped_from_its_beginning(plug: Plu
     assert source.health.gaps == 0
 
 
+async def test_others_have_their_turn_while_a_listener_catches_up(plug: Plug) -> None:
+    turns, source = 0, MicrophoneSource("usb", backlog_s=20 * CHUNK_S)
+
+    async def count_turns() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    async with aclosing(source.chunks()) as chunks:
+        await anext(chunks)
+        await happens(lambda: source.health.dropped_chunks > 0)
+        counter = asyncio.create_task(count_turns())
+        turns_at_chunk = [turns for _ in range(15) if (await anext(chunks)).lost is False]
+        counter.cancel()
+    assert turns_at_chunk == sorted(set(turns_at_chunk)), "one more at each chunk"
+
+
 async def test_the_recorder_holds_sound_back_while_the_loop_is_held_up(plug: Plug) -> None:
     async with aclosing(MicrophoneSource("usb").chunks()) as chunks:
         await heard(chunks, is_sound)

@@ -12,6 +12,7 @@ import wave
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import BinaryIO
 
 import numpy as np
@@ -21,7 +22,9 @@ import pytest
 from edge_asr.audio.file import FileSource
 from edge_asr.audio.source import AudioSource, Chunker
 from edge_asr.audio.stdin import StdinSource
+from edge_asr.config import StdinSourceConfig
 from edge_asr.errors import AudioError
+from edge_asr.sources import WatchedSource
 from edge_asr.types import CHUNK_S, CHUNK_SAMPLES, SAMPLE_RATE, Chunk
 
 Int16 = npt.NDArray[np.int16]
@@ -232,6 +235,41 @@ async def test_a_chunk_comes_as_soon_as_its_last_byte(pipe: tuple[BinaryIO, Bina
     np.testing.assert_array_equal(chunk.samples, sound / 32768)
     assert chunk.captured_at == 50.0 - CHUNK_S
     source.close()
+
+
+async def test_what_came_in_while_it_was_muted_is_not_heard_after_that_however_late_it_is_taken(
+    pipe: tuple[BinaryIO, BinaryIO], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading, writing = pipe
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=reading))
+    watched = WatchedSource(StdinSourceConfig(), lambda: None)
+    sound = noise(8 * CHUNK_SAMPLES)
+    pieces = [piece.tobytes() for piece in sound.reshape(8, -1)]
+    chunks = aiter(watched.audio.chunks())
+    writing.write(b"".join(pieces[:3]))
+    heard = [await anext(chunks)]  # it has taken all three
+    watched.mute(True)
+    writing.write(b"".join(pieces[3:5]) + pieces[5][:10])
+    watched.mute(False)
+    writing.write(pieces[5][10:] + b"".join(pieces[6:]))
+    heard += [await anext(chunks) for _ in range(7)]
+    assert [chunk.lost for chunk in heard] == [False, *[True] * 5, False, False]
+    assert [chunk.index for chunk in heard] == [k * CHUNK_SAMPLES for k in range(8)]
+    np.testing.assert_array_equal(heard[6].samples, sound[6 * CHUNK_SAMPLES : 7 * CHUNK_SAMPLES] / 32768)
+    watched.audio.close()
+    watched.mute(False)
+
+
+async def test_a_file_on_standard_input_waits_while_it_is_muted(tmp_path: Path) -> None:
+    (tmp_path / "sound.raw").write_bytes(noise(SAMPLE_RATE + 4 * CHUNK_SAMPLES).tobytes())
+    with (tmp_path / "sound.raw").open("rb") as file:
+        source = StdinSource(file)
+        chunks = source.chunks()
+        heard = [await anext(chunks)]
+        source.forget()
+        heard += [chunk async for chunk in chunks]
+    assert not heard[0].lost
+    assert [chunk.lost for chunk in heard[1:]] == [True] * 31 + [False] * 4, "what was taken already is lost, no more"
 
 
 async def test_half_a_sample_at_the_end_is_dropped_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:

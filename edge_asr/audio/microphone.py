@@ -126,6 +126,7 @@ class MicrophoneSource:
                         yield lost_chunk(expected, chunk.captured_at - (chunk.index - expected) / SAMPLE_RATE)
                     expected, lost = chunk.index + CHUNK_SAMPLES, chunk.lost
                     yield chunk
+                    await asyncio.sleep(0)  # a minute of sound may wait here, and others are to have their turn
                 if self._failure is not None:
                     raise self._failure
                 self._news.clear()

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import array
 import asyncio
+import fcntl
 import io
 import logging
 import os
 import select
+import stat
 import sys
+import termios
+import threading
 import time
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +21,7 @@ from typing import IO
 import numpy as np
 
 from edge_asr.audio.source import Chunker
+from edge_asr.audio.timeline import lost_chunk
 from edge_asr.errors import AudioError
 from edge_asr.types import CHUNK_S, Chunk, Samples
 
@@ -41,6 +47,9 @@ class StdinSource:
         self._clock = clock
         self._arrived_at = 0.0
         self._odd = b""
+        self._taking = threading.Lock()
+        self._taken = 0  # bytes, in all
+        self._heard_from = 0
         self._closed = False
         self._stop_read, self._stop_write = os.pipe()
         self._reader = ThreadPoolExecutor(1, thread_name_prefix=name)
@@ -56,7 +65,7 @@ class StdinSource:
                 for chunk in chunker.flush() if samples is None else chunker.push(samples):
                     if self._closed:
                         return
-                    yield chunk
+                    yield chunk if chunk.index >= self._heard_from else lost_chunk(chunk.index, chunk.captured_at)
                 if samples is None:
                     return
         except OSError as error:
@@ -71,6 +80,13 @@ class StdinSource:
             os.close(self._stop_write)  # wakes the poll
             self._reader.shutdown(wait=True)
             os.close(self._stop_read)
+
+    def forget(self) -> None:
+        """Let what has come in until now never be heard: its chunks are `lost`. A file has not come in, it is there."""
+        if self._closed:
+            return
+        with self._taking:
+            self._heard_from = -(-(self._taken + _unread(self._stream)) // _BYTES_PER_SAMPLE)
 
     async def _next_samples(self) -> Samples | None:
         """Return what has arrived, `[n]` float32; None at the end or when the source was closed."""
@@ -90,19 +106,36 @@ class StdinSource:
 
     def _read(self) -> bytes:
         """Wait for data and take what is there; empty at the end of the stream or when the source was closed."""
-        try:
-            descriptor = self._stream.fileno()
-        except io.UnsupportedOperation:
-            data = self._stream.read(READ_BYTES)
-        else:
+        descriptor = _descriptor(self._stream)
+        if descriptor is not None:
             poll = select.poll()  # unlike epoll it takes regular files too
             poll.register(descriptor, select.POLLIN)
             poll.register(self._stop_read, select.POLLIN)
-            ready = [ready for ready, _ in poll.poll()]
-            data = b"" if self._stop_read in ready else os.read(descriptor, READ_BYTES)
+            if self._stop_read in [ready for ready, _ in poll.poll()]:
+                return b""
+        with self._taking:
+            data = self._stream.read(READ_BYTES) if descriptor is None else os.read(descriptor, READ_BYTES)
+            self._taken += len(data)
         if data:
             self._arrived_at = self._clock()
         return data
+
+
+def _descriptor(stream: IO[bytes]) -> int | None:
+    try:
+        return stream.fileno()
+    except io.UnsupportedOperation:
+        return None
+
+
+def _unread(stream: IO[bytes]) -> int:
+    """Return how many bytes have been sent to a pipe or socket and not been read; 0 for anything else."""
+    descriptor = _descriptor(stream)
+    mode = 0 if descriptor is None else os.fstat(descriptor).st_mode
+    count = array.array("i", [0])
+    if descriptor is not None and (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
+        fcntl.ioctl(descriptor, termios.FIONREAD, count)
+    return count[0]
 
 
 def _standard_input(name: str) -> IO[bytes]:
