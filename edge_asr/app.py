@@ -371,7 +371,8 @@ class Daemon:
         """Return the state and why it is so: an engine that is not the wanted one answers all the same."""
         if self._keeper.engine is None:
             return "starting", self._keeper.why or "the model is loading"
-        troubles = "; ".join(filter(None, (*(source.trouble for source in self._sources), self._late_watch.why)))
+        sources = (source.trouble for source in self._sources)
+        troubles = "; ".join(filter(None, (self._controls.trouble, *sources, self._late_watch.why)))
         return ("degraded", troubles) if troubles else ("ready", self._keeper.why)
 
 

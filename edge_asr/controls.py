@@ -49,11 +49,14 @@ class Controls:
         self._heard: list[tuple[Listener, WatchedSource]] = []
         self._writing = asyncio.Lock()
         self._unkept = False
-        chosen = _read(self._file)
+        chosen, self.trouble = _read(self._file)
+        """Why nobody knows whether it was muted, and what to do; empty where all is well."""
         self.muted = chosen.get("mute") is True
         preset = chosen.get("preset")
         self.preset: str = preset if isinstance(preset, str) and preset in ENDPOINTS else config.preset
-        if self.muted or self.preset != config.preset:
+        if self.trouble:
+            log.warning("%s", self.trouble)
+        elif self.muted or self.preset != config.preset:
             log.info("%s, as was chosen before the last stop", self)
 
     def __str__(self) -> str:
@@ -100,7 +103,8 @@ class Controls:
 
     def mute(self, muted: bool) -> Mapping[str, Any]:
         """Close all microphones and hear nothing of the other sources, or the reverse. Who asked to be heard is not."""
-        if muted != self.muted:
+        known, self.trouble = not self.trouble, ""
+        if muted != self.muted or not known:
             self.muted = muted
             self._attention.ignore()
             for listener, source in self._heard:
@@ -145,15 +149,20 @@ class Controls:
         self._changed()
 
 
-def _read(path: Path) -> Mapping[str, Any]:
+def _read(path: Path) -> tuple[Mapping[str, Any], str]:
+    """Return what was chosen, and what is wrong with the file: who was muted may not be heard because of that."""
     try:
         chosen = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except (OSError, ValueError) as error:
-        log.warning("%s cannot be read, so that nothing is muted and the configured preset holds: %s", path, error)
-        return {}
-    return chosen if isinstance(chosen, dict) else {}
+        return {}, ""
+    except (OSError, ValueError, RecursionError) as error:
+        chosen, why = {}, f" ({error})"
+    else:
+        chosen, why = chosen if isinstance(chosen, dict) else {}, ""
+    if isinstance(chosen.get("mute"), bool):
+        return chosen, ""
+    remedy = "send off to cmd/mute, or remove the file and restart edge-asr"
+    return {**chosen, "mute": True}, f"muted, for {path} is damaged{why}: {remedy}"
 
 
 def _write(path: Path, chosen: Mapping[str, Any]) -> None:

@@ -205,12 +205,42 @@ def test_one_that_is_muted_does_not_pretend_to_listen(make: Callable[..., Contro
         controls.listen(3.0)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"mute": 1, "preset": "quick"}', '{"preset": []}', "\0"])
-def test_a_damaged_file_is_as_good_as_none(make: Callable[..., Controls], tmp_path: Path, content: str) -> None:
+def damage(tmp_path: Path, content: str) -> Path:
     (tmp_path / "state").mkdir()
     (tmp_path / "state" / FILE).write_text(content, encoding="utf-8")
+    return tmp_path / "state" / FILE
+
+
+@pytest.mark.parametrize("muted", [True, False])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"mute": 1, "preset": "quick"}', '{"preset": []}', "\0", "[" * 9999]
+)
+async def test_who_may_have_been_muted_is_until_somebody_says_otherwise(
+    make: Callable[..., Controls], changes: Changes, tmp_path: Path, content: str, muted: bool,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    path = damage(tmp_path, content)
     controls = make(preset="relaxed")
-    assert (controls.muted, controls.preset) == (False, "relaxed")
+    assert (controls.muted, controls.preset) == (True, "relaxed")
+    assert listen_with(controls).muted == [True] * 2
+    assert controls.trouble.startswith(f"muted, for {path} is damaged")
+    assert controls.trouble.endswith(": send off to cmd/mute, or remove the file and restart edge-asr")
+    assert caplog.messages == [controls.trouble]
+    assert await controls.obey("mute", {"mute": muted}) == {"mute": muted}
+    assert (controls.trouble, changes.count) == ("", 1)
+    again = make()
+    assert (again.muted, again.trouble) == (muted, "")
+
+
+def test_a_preset_that_there_is_not_mutes_nobody(make: Callable[..., Controls], tmp_path: Path) -> None:
+    damage(tmp_path, '{"mute": false, "preset": "quick"}')
+    controls = make(preset="relaxed")
+    assert (controls.muted, controls.preset, controls.trouble) == (False, "relaxed", "")
+
+
+def test_a_damaged_file_keeps_the_preset_it_tells(make: Callable[..., Controls], tmp_path: Path) -> None:
+    damage(tmp_path, '{"preset": "aggressive"}')
+    assert make().preset == "aggressive"
 
 
 async def test_what_cannot_be_kept_holds_all_the_same_and_says_so(

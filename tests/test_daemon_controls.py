@@ -278,6 +278,21 @@ def test_mute_outlives_a_restart(broker: Mosquitto, start: Start, apart: list[st
         assert daemon.stop() == 0
 
 
+def test_one_that_may_have_been_muted_says_that_it_is_and_what_to_do(
+    broker: Mosquitto, start: Start, apart: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "controls.json").write_text('{"mute": fal', encoding="utf-8")
+    with Subscriber(broker.port) as subscriber:
+        daemon = start(broker.port, *apart, "--source", "stdin")
+        subscriber.wait_for(lambda s: shows(state="degraded", mute=True)(s) and health_of(s) == ["muted"], "muted")
+        assert "controls.json is damaged" in state_of(subscriber)["why"]
+        assert "send off to cmd/mute" in state_of(subscriber)["why"]
+        assert command(broker, subscriber, "mute", "off") == {"ok": True, "mute": False}
+        subscriber.wait_for(shows(state="ready", mute=False, why=""), "all is well")
+        assert daemon.stop() == 0
+
+
 LOADING = """
 import sys
 import time
