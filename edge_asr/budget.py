@@ -148,17 +148,21 @@ class LatencyBudget:
     """From the end of the segment to the publish call."""
 
     def settle(self, transcript: Transcript, now: float) -> Transcript:
-        """Return the transcript with endpoint, response and total in its trace, as of `now` (monotonic seconds)."""
+        """Return the transcript with endpoint, response and total in its trace, as of `now` (monotonic seconds).
+
+        What was split has neither endpoint nor total: who said it speaks on, and nobody waits for its end.
+        """
         marks = transcript.marks
         if marks is None:
             return transcript
         response = (now - marks.segment_ended_at) * 1e3
+        ends = "split" not in transcript.enforced
         trace = {
-            "endpoint": (marks.segment_ended_at - marks.speech_ended_at) * 1e3,
+            **({"endpoint": (marks.segment_ended_at - marks.speech_ended_at) * 1e3} if ends else {}),
             "capture": 0.0 if marks.heard_at is None else (marks.heard_at - marks.segment_ended_at) * 1e3,
             **transcript.latency_ms,
             "response": response,
-            "total": (now - marks.speech_ended_at) * 1e3,
+            **({"total": (now - marks.speech_ended_at) * 1e3} if ends else {}),
         }
         return dataclasses.replace(transcript, latency_ms=trace, within_budget=response <= self.response_ms)
 

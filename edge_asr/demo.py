@@ -146,11 +146,12 @@ class Subscriber:
 
     def _show(self, transcript: dict[str, Any]) -> None:
         latency = transcript["latency_ms"]
+        after = "speech goes on" if "total" not in latency else f"{latency['total']:4.0f} ms after the last word"
+        pause = f"pause {latency['endpoint']:.0f}, " if "endpoint" in latency else ""
         try:
             print(
                 f"  {transcript['text']:　<16} confidence {transcript['confidence']:.2f}   "
-                f"{latency['total']:4.0f} ms after the last word"
-                f" (pause {latency['endpoint']:.0f}, answer {latency['response']:.0f})",
+                f"{after} ({pause}answer {latency['response']:.0f})",
                 flush=True,
             )
         except OSError:

@@ -292,6 +292,13 @@ def test_a_recording_in_parts_is_joined_and_only_its_last_part_knows_the_end(tap
     assert figures["texts"][tape.played[1].path] == "前后"
 
 
+def test_what_was_split_in_the_middle_of_speech_has_no_total(tape: Tape) -> None:
+    split = message(1, tape, latency_ms={"queue": 1.0, "response": 30.0}, enforced=["split"])
+    figures = verdict(tape, [message(0, tape), split, message(2, tape)], segments=3)
+    assert (figures["count"], figures["response_ms"]["p50"]) == (3, 30.0)
+    assert figures["total_ms"]["max"] < 600
+
+
 def test_what_streams_understand_differently_is_named(tape: Tape) -> None:
     both = {"s": tape, "t": tape}
     events = [

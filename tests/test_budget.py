@@ -63,6 +63,13 @@ def test_endpoint_and_response_make_the_total() -> None:
     assert trace["endpoint"] + trace["response"] == pytest.approx(trace["total"])
 
 
+def test_what_was_split_has_no_end_that_is_waited_for() -> None:
+    split = dataclasses.replace(transcript(MARKS), enforced=("split",))
+    settled = LatencyBudget(300).settle(split, now=100.65)
+    assert list(settled.latency_ms) == ["capture", "queue", "features", "model", "response"]
+    assert (settled.latency_ms["response"], settled.within_budget) == (pytest.approx(250), True)
+
+
 @pytest.mark.parametrize(("now", "within"), [(100.5, True), (100.75, True), (100.9, True), (100.9001, False)])
 def test_only_the_response_is_held_against_the_budget(now: float, within: bool) -> None:
     assert LatencyBudget(500).settle(transcript(Marks(50.0, 100.4)), now).within_budget is within

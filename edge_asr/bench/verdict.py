@@ -61,10 +61,13 @@ class Heard:
     end_error_ms: float | None
     """How much later than the recording's acoustic end the daemon found it; None: that end is not in the segment."""
 
-    def span(self, name: str) -> float:
-        """Return how long a part of the way took, in milliseconds, counted from the recording's own end."""
-        value: float = self.event["latency_ms"][name]
-        return value if name == "response" else value + (self.end_error_ms or 0.0)
+    def span(self, name: str) -> float | None:
+        """Return how long a part of the way took, in milliseconds, counted from the recording's own end.
+
+        None: it has none, because it was split.
+        """
+        value: float | None = self.event["latency_ms"].get(name)
+        return value if name == "response" or value is None else value + (self.end_error_ms or 0.0)
 
 
 def place(events: Iterable[Event], tapes: Mapping[str, Tape]) -> list[Heard]:
@@ -105,7 +108,7 @@ def judge(heard: Sequence[Heard], tapes: Mapping[str, Tape], counts: Counts) -> 
         "cut": sum(len(found) > 1 for found in parts.values()),
         "texts": _first(texts, tapes),
         "differing": _differing(texts),
-        **{f"{name}_ms": _spread(one.span(name) for one in said) for name in SPANS},
+        **{f"{name}_ms": _spread(span for one in said if (span := one.span(name)) is not None) for name in SPANS},
         "end_error_ms": _spread(one.end_error_ms for one in said if one.end_error_ms is not None),
         "stages": {stage: _spread(values) for stage, values in _stages(said).items()},
         "decoded_at_pause": round(sum(one.event["decoded_at_pause"] for one in said) / max(1, len(said)), 4),
