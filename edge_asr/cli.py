@@ -34,6 +34,8 @@ app = typer.Typer(
 )
 models = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(models, name="models", help="List, pull, verify and remove published models.")
+mqtt = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(mqtt, name="mqtt", help="See to what the broker keeps.")
 bench = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(bench, name="bench", help="Measure this machine.")
 
@@ -427,6 +429,21 @@ def remove_model(
     from edge_asr import cli_models
 
     cli_models.remove(settings, name)
+
+
+@mqtt.command("forget")
+def forget(
+    device: Annotated[
+        str | None, typer.Option("--device", metavar="NAME", help="Of this appliance; device_id if not given.")
+    ] = None,
+    config: ConfigOption = None,
+    override: OverrideOption = None,
+) -> None:
+    """Take back all that the broker keeps of an appliance: discovery by Home Assistant, status and state."""
+    settings = read_config(config, override, ANY_MODEL, options={"--device": ("device_id", device)})
+    from edge_asr import cli_mqtt
+
+    cli_mqtt.forget(settings)
 
 
 def _complain(error: EdgeAsrError) -> None:
