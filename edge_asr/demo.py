@@ -21,6 +21,7 @@ from edge_asr.app import STOP_SIGNALS, Daemon
 from edge_asr.audio.decode import decode
 from edge_asr.broker import HOST, serving
 from edge_asr.config import BUNDLED_MODEL, Config, FileSourceConfig
+from edge_asr.config_mqtt import MqttConfig
 from edge_asr.errors import ConfigError
 from edge_asr.fresh_state import fresh_state
 from edge_asr.types import SAMPLE_RATE, Samples
@@ -70,7 +71,7 @@ async def _run(config: Config, keep: bool) -> int:
             played = fresh.model_copy(
                 update={
                     "sources": (FileSourceConfig(path=tape, name="samples"),),
-                    "mqtt": config.mqtt.model_copy(update={"enabled": True, "host": HOST, "port": broker.port}),
+                    "mqtt": MqttConfig(host=HOST, port=broker.port, base=config.mqtt.base),
                 }
             )
             showing = asyncio.current_task()

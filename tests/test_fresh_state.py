@@ -26,6 +26,16 @@ def test_engines_are_shared_and_nothing_else_is(tmp_path: Path, monkeypatch: pyt
     assert (state / "controls.json").read_text(encoding="utf-8") == '{"mute": true}'
 
 
+def test_the_outbox_is_one_of_its_own_and_nobody_else_is_told(tmp_path: Path) -> None:
+    real = Config.model_validate(
+        {"state_dir": tmp_path, "outbox": {"file": tmp_path / "kept.sqlite3", "max_mb": 7}, "hermes": {"enabled": True}}
+    )
+    with fresh_state(real) as config:
+        assert (config.outbox.file, config.outbox.max_mb) == (None, 7)
+        assert not config.home_assistant.enabled
+        assert not config.hermes.enabled
+
+
 def test_the_first_engine_of_a_machine_is_kept(tmp_path: Path) -> None:
     with fresh_state(Config(state_dir=tmp_path / "state")) as config:
         (config.state_dir / "engines" / "tiny").mkdir()
