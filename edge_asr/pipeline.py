@@ -151,6 +151,7 @@ class Listener:
         """Hear nothing, or everything again. What is being said is dropped; closing the device is the source's part."""
         if muted and not self._muted:
             self._forget("muted")
+            self._scheduler.forget()
         self._muted = muted
 
     def use(self, endpoint: int, content_endpoint: ContentEndpoint | None) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from listening import BUDGET, GAP, ByLevel, Collector, Exactly, Fed
 from prometheus_client import REGISTRY
@@ -181,6 +182,19 @@ async def test_a_gap_in_silence_changes_nothing_but_the_times() -> None:
 async def test_stopping_after_a_gap_publishes_what_had_paused_before() -> None:
     heard = await hear(Fed("...xxxxxx........!..xxx", then_wait=True), CountingScheduler(), stop=True, endpoint=12)
     assert [transcript.text for transcript in heard] == ["11"]
+
+
+async def test_mute_lets_the_scheduler_forget_what_was_said() -> None:
+    scheduler = CountingScheduler()
+    await scheduler.start()
+    labels = Labels("test", "fed", "counting")
+    listener = Listener(
+        Fed(""), ByLevel(), Segmenter(Rules()), scheduler, [], labels, Gates(), Pace(), BUDGET
+    )  # fmt: skip
+    await asyncio.wrap_future(scheduler.submit(np.zeros(CHUNK_SAMPLES, np.float32)))
+    listener.mute(True)
+    assert scheduler._recent is None
+    await scheduler.close()
 
 
 KNOWN, OPEN_END, OTHER = "打开客厅灯。", "把空调调到", "好的"

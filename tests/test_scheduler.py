@@ -79,6 +79,25 @@ async def test_the_new_engine_answers_and_the_old_one_is_released_on_its_thread(
     assert new.closed_on == ["inference"]
 
 
+async def test_what_was_spoken_is_not_kept_beyond_the_wish_not_to_be_heard() -> None:
+    old, new, newest = Named("old"), Named("new"), Named("newest")
+    scheduler = await started(old)
+    await engine_that_answers(scheduler)
+    old.busy.clear()
+    old.may_answer.clear()
+    under_way = scheduler.submit(SOUND)
+    assert await asyncio.to_thread(old.busy.wait, PATIENCE_S)
+    scheduler.forget()
+    old.may_answer.set()
+    await asyncio.wrap_future(under_way)
+    await scheduler.swap(lambda: new)
+    assert new.threads == [], "there is nothing that it could be tried on"
+    await engine_that_answers(scheduler)
+    await scheduler.swap(lambda: newest)
+    assert newest.threads == ["swap"], "what is spoken later is kept again"
+    await scheduler.close()
+
+
 async def test_while_the_new_engine_is_loaded_the_old_one_answers() -> None:
     scheduler = await started(Named("old"))
     go_on = threading.Event()

@@ -66,6 +66,8 @@ class Scheduler:
         self._swapped: Future[None] | None = None
         self._swap_thread: threading.Thread | None = None
         self._recent: tuple[Samples, Recognition] | None = None
+        """What was spoken last, for another recogniser to be tried on."""
+        self._forgotten_at = -math.inf
         self._closing = False
         self._lock = threading.RLock()
         """Of what waits, runs, or is to end."""
@@ -120,6 +122,11 @@ class Scheduler:
             if not self.idle or time.monotonic() - self._idle_since < WARM_AFTER_S:
                 return
             self._put(Request(noise()[:SMALLEST], Priority.PARTIAL, counts=False))
+
+    def forget(self) -> None:
+        """Keep none of the sound that was submitted so far once it is answered: someone wishes not to be heard."""
+        with self._lock:
+            self._recent, self._forgotten_at = None, time.monotonic()
 
     def _forget(self, request: Request) -> None:
         """Let nothing wait that nobody wants any more, and interrupt it where it runs."""
@@ -254,8 +261,9 @@ class Scheduler:
             if whole is None:
                 self._put(request)
                 continue
-            if whole.text and request.counts:
-                self._recent = request.samples, whole
+            with self._lock:
+                if whole.text and request.counts and request.submitted_at > self._forgotten_at:
+                    self._recent = request.samples, whole
             request.settle(whole)
 
     def _begin_again(self, run: Run) -> None:
@@ -319,8 +327,8 @@ class Scheduler:
         try:
             recognizer = load()
             try:
-                if self._recent is not None:
-                    try_on(recognizer, *self._recent)
+                if (recent := self._recent) is not None:
+                    try_on(recognizer, *recent)
                 self._hand_over(_Swap(recognizer, measured(recognizer), done))
             except BaseException:  # whatever it was: nobody else knows of this recogniser
                 release(recognizer)
