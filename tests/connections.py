@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
 import time
@@ -10,7 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from certificates import Certificates
-from mosquitto import PATIENCE_S, Mosquitto
+from mosquitto import PATIENCE_S, Mosquitto, wait_for
 
 from edge_asr.config_mqtt import MqttConfig
 from edge_asr.publish.connection import Connection
@@ -62,13 +63,14 @@ class Served:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.until(lambda s: s.connection._opened.is_set(), "the end of the helper thread")
+        wait_for(self.connection._opened.is_set, "the end of the helper thread")
         self.connection.drop()
         self._bell.close()
         self._ear.close()
 
     def _wake(self) -> None:
-        self._bell.send(b"\0")
+        with contextlib.suppress(OSError):  # nobody waits any more
+            self._bell.send(b"\0")
 
     def serve(self, longest_s: float = 1.0) -> bool:
         """Sleep until there is something to do, and do it, as the publisher does; return whether nothing came."""
@@ -81,12 +83,12 @@ class Served:
         self.connection.serve()
         return not awake
 
-    def until(self, condition: Callable[[Served], object], what: str) -> None:
+    def until(self, condition: Callable[[Served], object], what: str, longest_s: float = 1.0) -> None:
         """Serve until the condition holds, with the sleeps of the publisher."""
         give_up_at = time.monotonic() + PATIENCE_S
         while not condition(self):
             assert time.monotonic() < give_up_at, f"waited in vain for {what}; {self.connection.failure}"
-            self.serve(1.0)
+            self.serve(longest_s)
 
     def connect(self) -> None:
         """Serve until the broker has accepted."""
@@ -95,7 +97,7 @@ class Served:
 
     def fail(self) -> str:
         """Serve until it has failed, and return why."""
-        self.until(lambda s: s.connection.failure, "the failure")
+        self.until(lambda s: s.connection.failure, "the failure", longest_s=0.05)
         assert self.connection.failure is not None
         return self.connection.failure
 

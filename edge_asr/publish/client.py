@@ -10,6 +10,7 @@ import re
 import secrets
 import socket
 import ssl
+import traceback
 from pathlib import Path
 from typing import Any, Literal
 
@@ -76,20 +77,35 @@ def start_connect(
     Raises OSError or ValueError: `in_words` says what they mean.
     """
     client.connect_timeout = timeout_s
-    place = (config.host, config.port, config.keepalive_s)
+    options: dict[str, Any] = {}
     if client.protocol == paho.MQTTv5:
-        properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
-        properties.SessionExpiryInterval = 0
-        if receive_maximum is not None:
-            properties.ReceiveMaximum = receive_maximum
-        if largest_packet is not None:
-            properties.MaximumPacketSize = largest_packet
-        code = client.connect(*place, clean_start=True, properties=properties)
-    else:
-        code = client.connect(*place)
+        options = {"clean_start": True, "properties": _wishes(receive_maximum, largest_packet)}
+    try:
+        code = client.connect(config.host, config.port, config.keepalive_s, **options)
+    except Exception as error:
+        _close_sockets_of(error)
+        raise
     if code != MQTTErrorCode.MQTT_ERR_SUCCESS:
         raise ConnectionAbortedError(paho.error_string(code).rstrip(".").lower())
     _tune(client, math.ceil(config.live_for_s * 1000))
+
+
+def _wishes(receive_maximum: int | None, largest_packet: int | None) -> Properties:
+    properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+    properties.SessionExpiryInterval = 0
+    if receive_maximum is not None:
+        properties.ReceiveMaximum = receive_maximum
+    if largest_packet is not None:
+        properties.MaximumPacketSize = largest_packet
+    return properties
+
+
+def _close_sockets_of(error: Exception) -> None:
+    """Close what paho had opened when a handshake failed: it leaves that to the garbage collector."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        for value in frame.f_locals.values():
+            if isinstance(value, socket.socket):
+                value.close()
 
 
 def _tune(client: paho.Client, patience_ms: int) -> None:

@@ -234,7 +234,8 @@ class Connection:
             client.on_subscribe = self._on_subscribe
             client.on_message = self._on_message
             client.on_socket_open = self._before_connect(client.on_socket_open)
-            start_connect(client, self._config, receive_maximum=IN_FLIGHT_LIMIT, largest_packet=LARGEST_INCOMING)
+            limits = {"receive_maximum": IN_FLIGHT_LIMIT, "largest_packet": LARGEST_INCOMING}
+            start_connect(client, self._config, timeout_s=CONNECT_TIMEOUT_S, **limits)
         except Exception as error:  # whatever it is, the owner waits to be told
             if not isinstance(error, (OSError, ValueError, EdgeAsrError)):
                 log.exception("connecting to the broker failed")

@@ -27,7 +27,6 @@ NO_TLS = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "UNEXPECTED_EOF_WHILE_READING"
 def make_context(config: TlsConfig) -> ssl.SSLContext:
     """Return what connects with TLS 1.2 or later, and to the right host only. Raises ConfigError."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # checks certificate and host name
-    context.sslsocket_class = _Socket
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # ca_file may be the broker's own certificate
     if config.ca_file is None:
@@ -37,17 +36,6 @@ def make_context(config: TlsConfig) -> ssl.SSLContext:
     if config.cert_file is not None:
         _identify(context, config, config.cert_file)
     return context
-
-
-class _Socket(ssl.SSLSocket):
-    """Closes itself where the handshake fails: paho leaves that to the garbage collector."""
-
-    def do_handshake(self, block: bool = False) -> None:
-        try:
-            super().do_handshake(block)
-        except OSError:
-            self.close()
-            raise
 
 
 def _trust(context: ssl.SSLContext, file: Path) -> None:
