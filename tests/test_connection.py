@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 from certificates import Certificates
 from connections import VERSIONS, WAYS, WILL, Served, way_in
-from mosquitto import Mosquitto, Subscriber, send, send_lines, wait_for
+from mosquitto import PATIENCE_S, Mosquitto, Subscriber, send, send_lines, wait_for
 
 TOPIC = "edge_asr/hall/transcript"
 
@@ -48,6 +48,12 @@ def test_messages_go_out_and_are_acknowledged(served: Served, everywhere: Mosqui
     assert not served.connection.unacknowledged
 
 
+def test_the_kernel_gives_up_on_a_dead_network_as_soon_as_nobody_would_act_any_more(served: Served) -> None:
+    with socket.socket(fileno=os.dup(served.connection._socket().fileno())) as twin:
+        assert twin.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 5000
+        assert twin.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 def test_many_messages_come_in_at_once(served: Served, everywhere: Mosquitto) -> None:
     served.connection.subscribe(["edge_asr/hall/cmd/+", "homeassistant/status"])
     served.until(lambda s: not s.connection._subscriptions, "the subscription")
@@ -72,7 +78,7 @@ def test_a_large_message_arrives_whole_though_the_broker_is_slow(served: Served,
             assert not served.connection.clear, "the messages fit into the buffers of the kernel"
         finally:
             everywhere.thaw()
-        served.until(lambda s: s.acknowledged == ids, "the acknowledgements")
+        served.until(lambda s: s.acknowledged == ids, "the acknowledgements", longest_s=PATIENCE_S)
         subscriber.wait_for(lambda s: len(s.on("transcript")) == 8, "all messages")
         assert [message.payload for message in subscriber.on("transcript")] == payloads
 
