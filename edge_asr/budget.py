@@ -18,6 +18,8 @@ BUCKETS_S = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
 """Up to so many seconds of audio cost alike: per second, what is short costs more."""
 OBSERVED = 50
 """Runs of a bucket that its cost is taken from: clocks, power modes and heat change it."""
+CALM = 10
+"""So many runs in a row that all cost less: what made the others slow is over."""
 JUDGED = 20
 """Transcripts that the share of late ones is taken from."""
 FEW = 5
@@ -54,7 +56,10 @@ class RecentResponses:
 
 
 class CostModel:
-    """What a recognition costs here: p95 of the last runs, by length. One thread observes, others ask."""
+    """What a recognition costs here, by length: p95 of the last runs, but no more than the dearest of the very last.
+
+    One thread observes, others ask.
+    """
 
     def __init__(self) -> None:
         self._runs = tuple(deque[float](maxlen=OBSERVED) for _ in BUCKETS_S)
@@ -66,6 +71,8 @@ class CostModel:
         runs = self._runs[bucket]
         runs.append(milliseconds / max(seconds, BUCKETS_S[0] / 2))
         rate = _at(sorted(runs), 95)
+        if rate is not None and len(runs) > CALM:
+            rate = min(rate, round(max(list(runs)[-CALM:]), 2))
         self._rates = (*self._rates[:bucket], rate, *self._rates[bucket + 1 :])  # in one step: others read it
 
     def estimate_ms(self, seconds: float) -> float:
