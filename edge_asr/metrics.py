@@ -20,6 +20,15 @@ PARTIALS = Counter("edge_asr_partials", "Partials offered to the sinks.")
 UNADDRESSED = Counter("edge_asr_unaddressed", "Segments that were not for us, by the mode of listening.", ["mode"])
 DROPPED_SAID = Counter("edge_asr_dropped_said", "Transcripts not published for acting: broker away, or too old.")
 DROPPED_TRANSCRIPTS = Counter("edge_asr_dropped_transcripts", "Transcripts given up before the broker had them.")
+OUTBOX_ROWS = Gauge("edge_asr_outbox_rows", "Transcripts kept, acknowledged ones included.")
+OUTBOX_PENDING = Gauge("edge_asr_outbox_pending", "Transcripts that the broker has not acknowledged.")
+OUTBOX_OLDEST = Gauge("edge_asr_outbox_oldest_seconds", "Age of the oldest transcript not acknowledged; or 0.")
+OUTBOX_REFUSED = Counter("edge_asr_outbox_refused", "Transcripts set aside because the broker will never take them.")
+OUTBOX_SYNC = Histogram(
+    "edge_asr_outbox_sync_seconds",
+    "What it takes to put transcripts on stable storage.",
+    buckets=(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5),
+)
 RESPONSE = Histogram(
     "edge_asr_response_seconds",
     "From the end of a segment to its publication.",
