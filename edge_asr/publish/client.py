@@ -34,7 +34,7 @@ CONNECT_TIMEOUT_S = 5.0
 """For the TCP connection, for each step of a handshake, and again for the broker's answer to CONNECT."""
 MACHINE_ID = Path("/etc/machine-id")
 
-for _packets in getattr(ReasonCode, "names", {}).get(149, {}).values():
+for _packets in ReasonCode.names[149].values():
     # So Mosquitto answers a message that is too large; paho would hang up on it, for the standard does not list it.
     _packets.append(PacketTypes.PUBACK)
 
