@@ -38,12 +38,14 @@ def plain(value: object) -> str:
 def json_line(topic: str, payload: bytes) -> str:
     """Return a message as a JSON object on one line: its own, or its text as `payload`, with the topic."""
     content = parse(payload)
-    if content is None:
-        content = {"payload": payload.decode("utf-8", "backslashreplace")}
+    return _line(topic, {"payload": payload.decode("utf-8", "backslashreplace")} if content is None else content)
+
+
+def _line(topic: str, content: Mapping[str, Any]) -> str:
     try:
         line = to_payload({"topic": topic, **{key: value for key, value in content.items() if key != "topic"}})
     except RecursionError:  # deeper than can be written, though it could be read
-        line = to_payload({"topic": topic, "payload": payload.decode()})
+        line = to_payload({"topic": topic, "payload": "nested too deeply"})
     return OBEYED.sub(lambda found: f"\\u{ord(found[0]):04x}", line)
 
 
@@ -66,7 +68,7 @@ class JsonView:
 
     def transcript(self, device: str, topic: str, transcript: Mapping[str, Any]) -> None:
         """Print it."""
-        self.message(device, "transcript", topic, to_payload(transcript).encode())
+        print(_line(topic, transcript), flush=True)
 
 
 class PrettyView:
@@ -83,11 +85,11 @@ class PrettyView:
 
     def message(self, device: str, name: str, topic: str, payload: bytes) -> None:
         """Show a sentence, what is being said, or a change of how the device is."""
-        content = parse(payload)
+        content, text = parse(payload), plain(payload.decode("utf-8", "backslashreplace"))
         if name == "status":
-            self._change(device, name, plain(payload.decode("utf-8", "backslashreplace")))
+            self._change(device, name, text)
         elif content is None:
-            self._print(Text(f"{device} {name} {plain(payload.decode('utf-8', 'backslashreplace'))}", "bright_black"))
+            self._print(Text(f"{device} {name} {text}", "bright_black"))
         elif name == "transcript":
             if self._ids.add(str(content.get("id"))):
                 self._note_gap(device, content.get("seq"))
@@ -99,7 +101,7 @@ class PrettyView:
         elif name == "state":
             self._change(device, name, _condition(content))
         else:
-            self._print(Text(f"{device} {name} {plain(to_payload(content))}", "bright_black"))
+            self._print(Text(f"{device} {name} {text}", "bright_black"))
 
     def transcript(self, device: str, topic: str, transcript: Mapping[str, Any]) -> None:
         """Print the line of a sentence."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console, Group
@@ -12,7 +13,7 @@ from rich.live import Live
 
 from edge_asr import cli_subscribe, cli_subscribe_view
 from edge_asr.cli_subscribe import Desk, StateFile, subscribe
-from edge_asr.cli_subscribe_view import JsonView, PrettyView, json_line
+from edge_asr.cli_subscribe_view import JsonView, PrettyView
 from edge_asr.config_mqtt import MqttConfig
 from edge_asr.subscribe import Follower
 
@@ -118,7 +119,17 @@ def test_what_is_being_said_is_shown_until_it_is_said_or_taken_back() -> None:
     assert len(live.lines) == cli_subscribe_view.PARTIALS_LIMIT
 
 
-def test_however_deep_an_object_is_its_line_is_json() -> None:
-    for depth in range(900, 1010):
-        line = json_line("t", b'{"a":' * depth + b"1" + b"}" * depth)
-        assert line.startswith('{"topic":"t",')
+def test_what_is_nested_too_deeply_is_a_line_of_json_all_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    deep: dict[str, Any] = {}
+    for _ in range(100_000):
+        deep = {"a": deep}
+    JsonView().transcript("hall", "edge_asr/hall/transcript", deep)
+    assert json.loads(capsys.readouterr().out) == {"topic": "edge_asr/hall/transcript", "payload": "nested too deeply"}
+    while deep:  # freed level by level
+        deep = deep["a"]
+
+
+def test_other_topics_are_shown_as_they_are_but_harmless() -> None:
+    out = io.StringIO()
+    PrettyView(Console(file=out), None).message("hall", "cmd/mute/result", "", b'{"ok": true,\n "x": "\x1b"}')
+    assert out.getvalue() == 'hall cmd/mute/result {"ok": true,\\n "x": "\\x1b"}\n'
