@@ -17,6 +17,7 @@ from homeassistant import bootstrap, core, loader
 from homeassistant.components.homeassistant import exposed_entities
 from homeassistant.const import __version__
 from homeassistant.helpers import area_registry, device_registry, entity_registry
+from homeassistant.helpers.template import Template
 
 SPEAK = ("tts", "speak")
 
@@ -115,6 +116,10 @@ class Core:
     async def do_set(self, entity_id: str, state: str) -> None:
         """Say that an entity of nobody is so."""
         self.hass.states.async_set(entity_id, state)
+
+    async def do_render(self, template: str) -> str:
+        """Return what a template says now."""
+        return str(Template(template, self.hass).async_render(parse_result=False))
 
     async def do_voice(self) -> None:
         """Take the place of text-to-speech."""

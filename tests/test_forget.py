@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import paho.mqtt.client as paho
 import pytest
+from bundled import REPOSITORY
 from mosquitto import PATIENCE_S, Mosquitto, Subscriber, free_port, send
 
 from edge_asr.config_mqtt import HomeAssistantConfig, MqttConfig
@@ -23,13 +24,12 @@ from edge_asr.publish.home_assistant import HomeAssistant
 class Publisher:
     """A connection that does for one dialect what the appliance's publisher does."""
 
-    def __init__(self, port: int, dialect: Dialect) -> None:
+    def __init__(self, config: MqttConfig, dialect: Dialect) -> None:
         self._dialect = dialect
-        self._lock = threading.Lock()
-        self._client = make_client(MqttConfig(port=port), "publisher", "5")
+        self._client = make_client(config, "publisher", "5")
         self._client.on_connect = lambda *_: self._connected()
         self._client.on_message = lambda client, userdata, message: self._receive(message)
-        start_connect(self._client, MqttConfig(port=port))
+        start_connect(self._client, config)
         self._client.loop_start()
 
     def close(self) -> None:
@@ -89,7 +89,7 @@ def test_discovery_is_retained_on_connect_and_comes_again_when_home_assistant_st
 ) -> None:
     (topic,) = (message.topic for message in dialect().greet())
     with Subscriber(broker.port, topic) as seen:
-        visits.append(Publisher(broker.port, dialect()))
+        visits.append(Publisher(MqttConfig(port=broker.port), dialect()))
         seen.wait_for(lambda seen: len(seen.messages) == 1, "discovery")
         assert topic in retained(broker.port)
         send(broker.port, "homeassistant/status", "online")
@@ -100,7 +100,7 @@ def test_discovery_is_retained_on_connect_and_comes_again_when_home_assistant_st
 def test_a_retained_birth_message_does_not_double_the_greeting(broker: Mosquitto, visits: list[Publisher]) -> None:
     send(broker.port, "homeassistant/status", "online", retained=True)
     with Subscriber(broker.port, "homeassistant/#") as seen:
-        visits.append(Publisher(broker.port, dialect()))
+        visits.append(Publisher(MqttConfig(port=broker.port), dialect()))
         send(broker.port, "homeassistant/status", "online")  # so the retained one has been looked at
         seen.wait_for(lambda seen: len(seen.on("config")) == 2, "two greetings")
         send(broker.port, "homeassistant/status", "online")
@@ -118,7 +118,7 @@ def test_a_change_of_the_form_leaves_only_the_new_one(
     for message in dialect(form=before).greet():
         send(broker.port, message.topic, message.payload, retained=True)
     with Subscriber(broker.port, "homeassistant/#") as seen:
-        visits.append(Publisher(broker.port, dialect(form=after)))
+        visits.append(Publisher(MqttConfig(port=broker.port), dialect(form=after)))
         seen.wait_for(lambda seen: {m.topic for m in seen.messages if not m.payload} == old, "the old ones removed")
         handed_over = {m.topic for m in seen.messages if m.payload == '{"migrate_discovery":true}'}
     assert handed_over == old
@@ -197,7 +197,29 @@ def test_forget_tells_that_the_password_is_wrong(tmp_path: Path, mosquitto_insta
     server.start()
     try:
         wrong = MqttConfig.model_validate({"port": server.port, "username": "ear", "password": "wrong"})
-        with pytest.raises(EdgeAsrError, match="not authorized; correct mqtt.username and the password"):
+        with pytest.raises(EdgeAsrError, match=r"not authorized; correct mqtt\.username and the password"):
             Forgetter(wrong).forget("hall", "homeassistant")
+    finally:
+        server.kill()
+
+
+def test_the_access_rules_of_the_documentation_are_enough(
+    tmp_path: Path, mosquitto_installed: None, visits: list[Publisher]
+) -> None:
+    text = (REPOSITORY / "docs" / "home-assistant.md").read_text(encoding="utf-8")
+    rules = re.findall(r"^(?:user|topic) .*$", text, re.MULTILINE)
+    assert rules[0] == "user hall"
+    server = Mosquitto(tmp_path, username="hall", password="secret", access=rules)
+    server.start()
+    try:
+        account = MqttConfig.model_validate({"port": server.port, "username": "hall", "password": "secret"})
+        old = {message.topic for message in dialect(form="components").greet()}
+        with Subscriber(server.port, "homeassistant/#", username="hall", password="secret") as seen:
+            visits.append(Publisher(account, dialect(form="components")))
+            seen.wait_for(lambda seen: {message.topic for message in seen.messages} == old, "discovery")
+            visits.append(Publisher(account, dialect()))
+            seen.wait_for(lambda seen: {m.topic for m in seen.messages if not m.payload} == old, "the hand-over")
+        assert Forgetter(account).forget("hall", "homeassistant").removed == ["homeassistant/device/hall/config"]
+        assert Forgetter(account).forget("hall", "homeassistant").removed == []
     finally:
         server.kill()

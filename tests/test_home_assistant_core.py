@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from bundled import REPOSITORY
 from home_assistant import BLUEPRINT, HomeAssistantCore
 from mosquitto import Mosquitto, Subscriber, send, wait_for
@@ -185,6 +186,21 @@ def test_what_is_said_is_an_event_without_the_bulk_of_the_transcript(
         "event_type": "said", "text": "打开客厅灯", "confidence": 0.1, "language": "zh", "source": "desk",
     }  # fmt: skip
     assert not {"tokens", "latency_ms"} & attributes.keys()
+    assert complaints(core) == []
+
+
+def test_the_card_shows_what_was_said(core: HomeAssistantCore, broker: Mosquitto) -> None:
+    discover(broker, core)
+    text, entities = yaml.safe_load((BLUEPRINT.parent / "card.yaml").read_text(encoding="utf-8"))["cards"]
+    assert {row["entity"] for row in entities["entities"]} <= ENTITIES
+    assert "Nothing was said yet." in core.ask("render", template=text["content"])
+    is_said(core, broker, confidence=0.1)
+    tell(broker, state="degraded", why="desk stalled")
+    core.wait_for(lambda states: states["binary_sensor.hall_problem"]["state"] == "on", "the problem")
+    shown = core.ask("render", template=text["content"])
+    assert "**打开客厅灯**" in shown
+    assert "confidence 0.1" in shown
+    assert "desk stalled" in shown
     assert complaints(core) == []
 
 
