@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+from bundled import REPOSITORY
 
 from edge_asr.audio.microphone import OPENING
 from edge_asr.config_mqtt import HomeAssistantConfig
@@ -164,6 +167,16 @@ def test_what_other_programs_have_retained_there_is_left_alone() -> None:
     assert list(assistant.take()) == []
 
 
+def test_what_looks_like_discovery_elsewhere_is_left_alone() -> None:
+    assistant = dialect()
+    payload = json.dumps({"o": {"name": "edge_asr"}}).encode()
+    elsewhere = ("x", "homeassistant/device/other/config", "edge_asr/hall/cmd/mute", "homeassistant/sensor/hall/config")
+    for topic in elsewhere:
+        assistant.receive(topic, payload, True)
+    assistant.receive("homeassistant/sensor/hall/engine/config", payload, False)
+    assert list(assistant.take()) == []
+
+
 def test_its_own_messages_are_no_news() -> None:
     for form in ("device", "components"):
         assistant = dialect(form=form)
@@ -173,3 +186,17 @@ def test_its_own_messages_are_no_news() -> None:
 
 def test_what_is_said_goes_out_on_no_other_topic() -> None:
     assert list(dialect().said({"text": "hello"})) == []
+
+
+def test_the_script_says_that_there_is_no_python_for_home_assistant(tmp_path: Path) -> None:
+    for name in ("scripts", "bin"):
+        (tmp_path / name).mkdir()
+    script = shutil.copy(REPOSITORY / "scripts" / "test-home-assistant", tmp_path / "scripts")
+    for name in ("bash", "dirname"):
+        (tmp_path / "bin" / name).symlink_to(str(shutil.which(name)))
+    environment = {"PATH": str(tmp_path / "bin"), "PYENV_ROOT": str(tmp_path), "HOME": str(tmp_path)}
+    result = subprocess.run(
+        [script, "--environment"], env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (result.returncode, result.stdout) == (3, "")
+    assert result.stderr.startswith("test-home-assistant: no Python 3.13 here")

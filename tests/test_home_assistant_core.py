@@ -60,9 +60,9 @@ def python() -> Path:
     """The environment's Python; made where it can be."""
     script = REPOSITORY / "scripts" / "test-home-assistant"
     made = subprocess.run([script, "--environment"], capture_output=True, text=True, timeout=SET_UP_S)
-    if made.returncode == 3 and not os.environ.get("CI"):
+    if made.returncode and not os.environ.get("CI"):  # no Python for it, or no network to install from
         pytest.skip(made.stderr.strip())
-    assert made.returncode == 0, made.stderr
+    assert made.returncode == 0, f"{made.stderr}; CI is set, so no test may be skipped"
     return Path(made.stdout.strip())
 
 

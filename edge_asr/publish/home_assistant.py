@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -59,6 +60,8 @@ class HomeAssistant:
         }
         self._messages = self._as_device() if config.form == "device" else self._as_components()
         self._own = {message.topic for message in self._messages}
+        place = rf"(?:device/{device_id}|(\w+)/{device_id}/([\w-]+))/config"
+        self._discovery = re.compile(f"{re.escape(config.prefix)}/{place}", re.ASCII)
         self._other: dict[str, bool] = {}  # retained topics that are none of those, and whether their entity goes on
 
     @property
@@ -82,8 +85,10 @@ class HomeAssistant:
         """
         if topic == self._birth:
             return Greeting.AGAIN if payload == b"online" and not retained else Greeting.NOTHING
-        if retained and topic not in self._own and is_ours(payload):
-            self._other[topic] = self._goes_on(topic)
+        found = self._discovery.fullmatch(topic)
+        if found and retained and topic not in self._own and is_ours(payload):
+            component, key = found.groups()
+            self._other[topic] = component is None or self._entities.get(key, {}).get("p") == component
         return Greeting.NOTHING
 
     def take(self) -> Iterable[Message]:
@@ -93,10 +98,6 @@ class HomeAssistant:
             return []
         handed_over = [Message(topic, MIGRATE, qos=1) for topic, goes_on in other.items() if goes_on]
         return [*handed_over, *self._messages, *(Message(topic, "", qos=1, retain=True) for topic in other)]
-
-    def _goes_on(self, topic: str) -> bool:
-        component, *_, key, _config = topic.removeprefix(f"{self._config.prefix}/").split("/")
-        return component == "device" or self._entities.get(key, {}).get("p") == component
 
     def _as_device(self) -> list[Message]:
         content = {
