@@ -25,7 +25,12 @@ from edge_asr.errors import EdgeAsrError
 from edge_asr.keeper import EngineKeeper
 from edge_asr.ladder import load_ladder
 from edge_asr.pipeline import Listener, Pace
+from edge_asr.publish.client import client_id
+from edge_asr.publish.dialect import Dialect
+from edge_asr.publish.hermes import Hermes
+from edge_asr.publish.home_assistant import HomeAssistant
 from edge_asr.publish.mqtt import MqttPublisher
+from edge_asr.publish.outbox import DiskOutbox, MemoryOutbox, Outbox
 from edge_asr.recognizer.bundle import Bundle, read_bundle
 from edge_asr.recognizer.scheduler import Scheduler
 from edge_asr.sources import WatchedSource, is_live
@@ -63,6 +68,13 @@ def choose_attention(config: ListenConfig) -> Attention:
     """Return who is listened to."""
     wake_phrase = WakePhrase(config.phrases) if config.mode == PHRASE else None
     return Attention(config.mode, wake_phrase, config.seconds)
+
+
+def make_outbox(config: Config) -> Outbox:
+    """Return what keeps transcripts until the broker has them. Raises ConfigError where another process has it."""
+    if not (config.outbox.enabled and config.mqtt.enabled):
+        return MemoryOutbox()
+    return DiskOutbox(config.outbox, config.outbox.file or config.state_dir / "outbox.sqlite3")
 
 
 def choose_pace(source: SourceConfig, config: Config) -> Pace:
@@ -105,11 +117,8 @@ class Daemon:
         self._attention = choose_attention(config.listen)
         self._controls = Controls(config.segment, self._attention, config.state_dir, self._publish_state)
         self._describing = threading.Lock()
-        self._publisher = (
-            MqttPublisher(config.mqtt, config.device_id, finish=self._settle, command=self._command)
-            if config.mqtt.enabled
-            else None
-        )
+        self._outbox = make_outbox(config)
+        self._publisher = self._make_publisher() if config.mqtt.enabled else None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._sources: list[WatchedSource] = []
         self._failures: list[EdgeAsrError] = []
@@ -120,6 +129,33 @@ class Daemon:
         self.abandoned_inference = False
         """After the stop: an inference took longer than `drain_s`, or the model is still being loaded."""
         self._drain_by: float | None = None
+
+    def _make_publisher(self) -> MqttPublisher:
+        config = self._config
+        command = self._command if config.mqtt.commands else None
+        dialects: list[Dialect] = []
+        if config.home_assistant.enabled:
+            base, commands = config.mqtt.base, config.mqtt.commands
+            dialects.append(
+                HomeAssistant(config.home_assistant, base, config.device_id, __version__, commands=commands)
+            )
+        if config.hermes.enabled:
+            listen_s = config.listen.seconds
+            dialects.append(Hermes(config.hermes, config.device_id, command, self._wake_publisher, listen_s=listen_s))
+        return MqttPublisher(
+            config.mqtt,
+            config.device_id,
+            self._outbox,
+            client_id=client_id(config.mqtt, config.device_id, config.state_dir),
+            finish=self._settle,
+            command=command,
+            dialects=dialects,
+            changed=self._publish_state,
+        )
+
+    def _wake_publisher(self) -> None:
+        if self._publisher is not None:
+            self._publisher.wake()
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[Daemon]:
@@ -264,8 +300,9 @@ class Daemon:
         self._publish_state()  # with the last counts
         if left:
             where = f"{self._config.mqtt.host}:{self._config.mqtt.port}"
+            kept = ", which wait in the outbox for the next start" if self._config.outbox.enabled else ""
             self._failures.append(
-                EdgeAsrError(f"transcripts not delivered to the broker at {where}: {left}; is it running?")
+                EdgeAsrError(f"transcripts not delivered to the broker at {where}: {left}{kept}; is it running?")
             )
 
     def _tell_losses(self) -> None:
@@ -363,7 +400,7 @@ class Daemon:
                 "late": self._late,
                 **self._responses.percentiles(),
             },
-            "outbox": None,
+            "outbox": self._outbox.stats().to_json(),
             "version": __version__,
         }
 
@@ -372,7 +409,9 @@ class Daemon:
         if self._keeper.engine is None:
             return "starting", self._keeper.why or "the model is loading"
         sources = (source.trouble for source in self._sources)
-        troubles = "; ".join(filter(None, (self._controls.trouble, *sources, self._late_watch.why)))
+        broker = "" if self._publisher is None else self._publisher.trouble
+        others = (self._late_watch.why, broker, self._outbox.stats().trouble)
+        troubles = "; ".join(filter(None, (self._controls.trouble, *sources, *others)))
         return ("degraded", troubles) if troubles else ("ready", self._keeper.why)
 
 

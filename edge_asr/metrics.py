@@ -29,6 +29,11 @@ OUTBOX_SYNC = Histogram(
     "What it takes to put transcripts on stable storage.",
     buckets=(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5),
 )
+ACKNOWLEDGEMENT = Histogram(
+    "edge_asr_acknowledgement_seconds",
+    "From the publication of a transcript to its acknowledgement by the broker.",
+    buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
+)
 RESPONSE = Histogram(
     "edge_asr_response_seconds",
     "From the end of a segment to its publication.",

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from mosquitto import Subscriber, wait_for
 
 from edge_asr.config_mqtt import MqttConfig
 from edge_asr.publish.commands import Command
+from edge_asr.publish.dialect import Dialect
 from edge_asr.publish.mqtt import MqttPublisher
+from edge_asr.publish.outbox import MemoryOutbox, Outbox
 from edge_asr.types import Transcript, new_segment_id
 
 BASE = "edge_asr/hall"
@@ -39,14 +42,23 @@ def config(port: int, **keys: object) -> MqttConfig:
     return MqttConfig.model_validate({"port": port, "reconnect_min_s": 0.02, "reconnect_max_s": 0.1, **keys})
 
 
+def make(config: MqttConfig, outbox: Outbox | None = None, **keys: Any) -> MqttPublisher:
+    """Return a publisher that is yet to be started; it closes its outbox."""
+    box = MemoryOutbox() if outbox is None else outbox
+    return MqttPublisher(config, "hall", box, client_id="edge_asr-hall-test", **keys)
+
+
 @contextmanager
 def publishing(
     config: MqttConfig,
     *,
     finish: Callable[[Transcript], Transcript] = lambda given: given,
     command: Command | None = None,
+    outbox: Outbox | None = None,
+    dialects: Sequence[Dialect] = (),
+    changed: Callable[[], None] = lambda: None,
 ) -> Iterator[MqttPublisher]:
-    publisher = MqttPublisher(config, "hall", finish=finish, command=command)
+    publisher = make(config, outbox, finish=finish, command=command, dialects=dialects, changed=changed)
     publisher.start()
     try:
         yield publisher

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import re
 import shutil
@@ -25,7 +26,7 @@ from edge_asr.answers import Labels, transcript_of
 from edge_asr.config import Config, SegmentConfig
 from edge_asr.config_reader import load_config
 from edge_asr.errors import EdgeAsrError, EngineError
-from edge_asr.publish import mqtt
+from edge_asr.publish.outbox import MemoryOutbox
 from edge_asr.types import (
     CHUNK_SAMPLES,
     SAMPLE_RATE,
@@ -79,7 +80,18 @@ def check_transcript(payload: dict[str, Any], began_at: datetime) -> None:
     assert (end - start).total_seconds() == pytest.approx(payload["duration_s"], abs=0.002)
     assert 0 <= payload["offset_s"] < 2
     trace = payload["latency_ms"]
-    assert set(trace) == {"endpoint", "capture", "queue", "features", "encoder", "cif", "decoder", "response", "total"}
+    assert set(trace) == {
+        "endpoint",
+        "capture",
+        "queue",
+        "features",
+        "encoder",
+        "cif",
+        "decoder",
+        "outbox",
+        "response",
+        "total",
+    }
     assert trace["endpoint"] > 250, "the default preset waits for 384 ms after what the detector takes for the end"
     assert trace["total"] == pytest.approx(trace["endpoint"] + trace["response"], abs=0.1)
     assert payload["within_budget"] is (trace["response"] <= 300)
@@ -281,7 +293,7 @@ def test_a_signal_ends_the_waiting_for_a_broker_that_never_comes(start: Start) -
                    "-o", "log.level=DEBUG")  # fmt: skip
     daemon.wait_for(SENTENCES[0])
     assert daemon.stop() == 0
-    assert "closed with 1 transcripts" in daemon.log
+    assert "1 transcripts wait in the outbox for the next start" in daemon.log
 
 
 def test_sentences_spoken_while_the_broker_is_away_are_recorded_later_but_never_said(
@@ -349,7 +361,8 @@ def test_without_a_broker_files_end_with_the_number_of_transcripts_not_delivered
     assert daemon.end() == 1
     assert time.monotonic() - began_at > 1, "it waited for the broker"
     assert daemon.complaints == [
-        f"edge-asr: transcripts not delivered to the broker at 127.0.0.1:{port}: 1; is it running?"
+        f"edge-asr: transcripts not delivered to the broker at 127.0.0.1:{port}: 1, which wait in the outbox for the next start;"
+        " is it running?"
     ]
 
 
@@ -439,7 +452,8 @@ def configured(port: int, *overrides: str, files: Sequence[str] = NAMES[:2]) -> 
     """Return a configuration that plays files as fast as it goes."""
     sources = [{"kind": "file", "path": str(recording(name))} for name in files]
     fast = [f"sources.{k}.realtime=false" for k in range(len(files))]
-    return load_config(None, [*fast, f"mqtt.port={port}", "device_id=hall", *overrides], {}, sources=sources)
+    alone = ["outbox.enabled=false", "home_assistant.enabled=false", "device_id=hall"]
+    return load_config(None, [*fast, *alone, f"mqtt.port={port}", *overrides], {}, sources=sources)
 
 
 async def failure_of(daemon: app.Daemon) -> tuple[EdgeAsrError, list[str]]:
@@ -461,7 +475,7 @@ async def test_transcripts_dropped_for_want_of_room_are_a_failure(
     recognizer: Callable[[Scripted], Scripted], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recognizer(Scripted())
-    monkeypatch.setattr(mqtt, "QUEUE_LIMIT", 1)
+    monkeypatch.setattr(app, "MemoryOutbox", functools.partial(MemoryOutbox, limit=1))
     error, failures = await failure_of(app.Daemon(configured(free_port(), "drain_s=0.2")))
     assert "transcripts dropped before the broker had them: 1; is it running and fast enough?" in failures
     assert error.exit_code == 1

@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 from mosquitto import Door, Mosquitto, Subscriber, free_port, wait_for
 from prometheus_client import REGISTRY
-from publishers import BASE, config, connected, disconnected, publishing, texts_on, transcript
+from publishers import BASE, config, connected, disconnected, make, publishing, texts_on, transcript
 
-from edge_asr.publish import mqtt
 from edge_asr.publish.connection import Connection
+from edge_asr.publish.dialect import Message
 from edge_asr.publish.mqtt import MqttPublisher
+from edge_asr.publish.outbox import MemoryOutbox
 from edge_asr.types import Marks, Transcript
 
 
@@ -52,9 +53,10 @@ def test_status_is_retained_online_while_running_and_offline_after_a_clean_close
 def test_a_process_that_is_killed_leaves_its_last_will(broker: Mosquitto) -> None:
     program = (
         "import time\n"
-        "from edge_asr.config import MqttConfig\n"
+        "from edge_asr.config_mqtt import MqttConfig\n"
         "from edge_asr.publish.mqtt import MqttPublisher\n"
-        f"MqttPublisher(MqttConfig(port={broker.port}), 'hall').start()\n"
+        "from edge_asr.publish.outbox import MemoryOutbox\n"
+        f"MqttPublisher(MqttConfig(port={broker.port}), 'hall', MemoryOutbox(), client_id='hall').start()\n"
         "time.sleep(600)\n"
     )
     with Subscriber(broker.port) as subscriber, subprocess.Popen([sys.executable, "-c", program]) as process:
@@ -108,9 +110,11 @@ def test_a_transcript_goes_out_for_acting_and_for_the_record(broker: Mosquitto) 
         assert said.json["event_type"] == "said"
         assert "event_type" not in record.json
         for message in (said.json, record.json):
-            assert message.items() >= {**spoken.to_json(), "age_s": message["age_s"]}.items()
-            assert (message["seq"], message["replayed"]) == (None, False)
+            differs = {key: message[key] for key in ("seq", "age_s", "latency_ms")}
+            assert message.items() >= {**spoken.to_json(), **differs}.items()
+            assert message["replayed"] is False
             assert 0 <= message["age_s"] < 5
+            assert message["latency_ms"].keys() == {"response", "outbox"}
         with Subscriber(broker.port) as late:  # nothing was retained: only the status is there
             late.wait_for(lambda s: s.on("status"), "the retained status")
             publisher.offer(transcript("关闭客厅灯"))
@@ -228,7 +232,7 @@ def test_what_utf_8_cannot_express_arrives_escaped(broker: Mosquitto) -> None:
         assert publisher.stats().reconnects == 0
 
 
-def test_a_transcript_that_cannot_be_published_is_tried_twice_and_lets_the_others_pass(
+def test_a_transcript_that_cannot_be_written_down_is_dropped_and_lets_the_others_pass(
     broker: Mosquitto, caplog: pytest.LogCaptureFixture
 ) -> None:
     with publishing(config(broker.port)) as publisher, Subscriber(broker.port) as subscriber:
@@ -240,8 +244,8 @@ def test_a_transcript_that_cannot_be_published_is_tried_twice_and_lets_the_other
         wait_for(lambda: publisher.stats().queued == 0, "the acknowledgements")
         assert unique(texts_on(subscriber, "transcript")) == ["一", "二"]
         stats = publisher.stats()
-        assert (stats.sent, stats.dropped_transcripts, stats.reconnects) == (2, 1, 1)
-    assert f"the transcript {poison.id} cannot be published and is dropped" in caplog.text
+        assert (stats.sent, stats.dropped_transcripts, stats.reconnects) == (2, 1, 0)
+    assert f"the transcript {poison.id} cannot be written down and is dropped" in caplog.text
 
 
 def test_a_transcript_whose_publishing_failed_once_is_published_on_the_next_connection(
@@ -249,10 +253,10 @@ def test_a_transcript_whose_publishing_failed_once_is_published_on_the_next_conn
 ) -> None:
     publish, failing = Connection.publish, [RuntimeError("on purpose")]
 
-    def fail_once(self: Connection, topic: str, payload: str, *, qos: int, retain: bool = False) -> int:
-        if topic.endswith("/transcript") and failing:
+    def fail_once(self: Connection, message: Message) -> int:
+        if message.topic.endswith("/transcript") and failing:
             raise failing.pop()
-        return publish(self, topic, payload, qos=qos, retain=retain)
+        return publish(self, message)
 
     monkeypatch.setattr(Connection, "publish", fail_once)
     with publishing(config(broker.port)) as publisher, Subscriber(broker.port) as subscriber:
@@ -268,10 +272,10 @@ def test_a_transcript_counts_as_queued_also_while_it_is_being_published(
 ) -> None:
     publish, queued = Connection.publish, []
 
-    def note(self: Connection, topic: str, payload: str, *, qos: int, retain: bool = False) -> int:
-        if topic.endswith("/transcript"):
+    def note(self: Connection, message: Message) -> int:
+        if message.topic.endswith("/transcript"):
             queued.append(publisher.stats().queued)
-        return publish(self, topic, payload, qos=qos, retain=retain)
+        return publish(self, message)
 
     monkeypatch.setattr(Connection, "publish", note)
     with publishing(config(broker.port)) as publisher:
@@ -335,7 +339,7 @@ def test_an_absent_broker_is_named_once_and_the_close_does_not_wait_for_it(
     host: str, words: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
-    publisher = MqttPublisher(config(free_port(), host=host), "hall")
+    publisher = make(config(free_port(), host=host))
     publisher.start()
     publisher.offer(transcript("打开"))
     wait_for(lambda: len(attempts(caplog)) >= 2, "two attempts")
@@ -360,7 +364,7 @@ def test_an_idle_publisher_closes_without_using_its_time_to_drain(broker: Mosqui
 
 
 def test_a_publisher_that_was_never_started_can_be_closed() -> None:
-    MqttPublisher(config(free_port()), "hall").close(3600.0)
+    make(config(free_port())).close(3600.0)
 
 
 def test_the_close_drains_what_is_queued(broker: Mosquitto) -> None:
@@ -382,15 +386,13 @@ def counted(name: str) -> float:
 
 
 def test_a_full_queue_drops_the_oldest_counts_it_and_says_so_once(
-    broker: Mosquitto, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    broker: Mosquitto, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(mqtt, "QUEUE_LIMIT", 10)
     before = counted("dropped_transcripts"), counted("dropped_said")
     door = Door(broker.port)
-    with publishing(config(door.port)) as publisher, Subscriber(broker.port) as subscriber:
-        for number in range(25):
-            publisher.offer(transcript(str(number)))
-            assert publisher.stats().queued <= 20, "ten offered and ten waiting"
+    outbox = MemoryOutbox(limit=10)
+    with publishing(config(door.port), outbox=outbox) as publisher, Subscriber(broker.port) as subscriber:
+        offer_all(publisher, [str(number) for number in range(25)])
         wait_for(lambda: publisher.stats().dropped_live == 25, "the end of the commands")
         assert (publisher.stats().queued, publisher.stats().dropped_transcripts) == (10, 15)
         assert (counted("dropped_transcripts") - before[0], counted("dropped_said") - before[1]) == (15, 25)

@@ -8,7 +8,7 @@ import threading
 import pytest
 from mosquitto import Door, Mosquitto, Subscriber, free_port, wait_for
 from prometheus_client import REGISTRY
-from publishers import BASE, config, connected, disconnected, publishing, texts_on, transcript
+from publishers import BASE, config, connected, disconnected, make, publishing, texts_on, transcript
 
 from edge_asr.publish import connection, mqtt
 from edge_asr.publish.mqtt import MqttPublisher
@@ -201,14 +201,13 @@ def test_what_nobody_recognised_is_recorded_and_never_said(broker: Mosquitto) ->
 
 
 def test_what_nobody_recognised_is_no_dropped_command_however_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mqtt, "QUEUE_LIMIT", 5)
+    monkeypatch.setattr(mqtt, "INBOX_LIMIT", 5)
     before = counted("dropped_said"), counted("dropped_transcripts")
-    publisher = MqttPublisher(config(free_port()), "hall")  # not started: what is offered stays in the inbox
+    publisher = make(config(free_port()))  # not started: what is offered stays in the inbox
     for number in range(8):  # three drop out again: 0 and 2, which were lost, and 1
         publisher.offer(dataclasses.replace(transcript(str(number)), lost=number % 2 == 0))
     assert (publisher.stats().dropped_live, publisher.stats().dropped_transcripts) == (1, 3)
     publisher.close(0.0)
-    publisher._run()  # which only ends it: the five are still in the inbox
     publisher.offer(dataclasses.replace(transcript("太晚"), lost=True))
     assert (publisher.stats().dropped_live, publisher.stats().dropped_transcripts) == (4, 9)
     assert (counted("dropped_said") - before[0], counted("dropped_transcripts") - before[1]) == (4, 9)

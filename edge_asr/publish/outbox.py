@@ -57,6 +57,7 @@ class DiskOutbox:
         self._last_seq = self._synced_to = 0
         self._online = False
         self._dropped = self._refused = 0
+        self._kept = 0  # pending in the file after the close
         self._dropping = False
         self._trouble = self._sync_trouble = ""
         self._retry_at = self._ages_at = -math.inf
@@ -146,7 +147,7 @@ class DiskOutbox:
         self._look()
 
     def _count_pending(self) -> int:
-        in_file = 0 if self._file is None else self._file.pending_count - len(self._owed)
+        in_file = self._kept if self._file is None else self._file.pending_count - len(self._owed)
         return in_file + len(self._memory.rows)
 
     def _settle(self, rows: Iterable[Row], refused: str | None = None) -> None:
@@ -204,6 +205,9 @@ class DiskOutbox:
         if self._owner is not None:
             self._owner.release()
             self._owner = None
+        self._kept = 0 if file is None else file.pending_count - len(self._owed)
+        self._memory.close()
+        self._look()
 
     def stats(self) -> OutboxStats:
         """Return how it is doing, from any thread."""

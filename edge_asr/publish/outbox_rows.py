@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -10,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from edge_asr import metrics
+
+log = logging.getLogger(__name__)
 
 MEMORY_LIMIT = 1000
 """Transcripts held in memory; one more drops the oldest, counted."""
@@ -124,6 +127,8 @@ class MemoryOutbox:
         self.places = 0
         """Rows taken so far."""
         self.dropped = self.refused = 0
+        self._full = False
+        """It has been said that the oldest are dropped."""
 
     @property
     def rows(self) -> Sequence[Row]:
@@ -141,6 +146,9 @@ class MemoryOutbox:
         return added
 
     def _drop(self, count: int) -> None:
+        if count > 0 and not self._full:
+            log.warning("%d transcripts wait for the broker: from now on the oldest are dropped", self.limit)
+        self._full = count > 0 or (self._full and bool(self._rows))
         for _ in range(count):
             self._rows.popleft()
             self.dropped += 1
@@ -180,7 +188,10 @@ class MemoryOutbox:
         return OutboxStats(len(rows), len(rows), None, None, oldest_s, self.dropped, self.refused, "")
 
     def close(self) -> None:
-        """Do nothing."""
+        """Give up what is left, counted."""
+        self.limit = 0
+        self._full = True
+        self._drop(len(self._rows))
 
 
 def show(stats: OutboxStats) -> None:

@@ -17,3 +17,10 @@ def to_payload(value: Mapping[str, Any]) -> str:
     """
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     return LONE_SURROGATE.sub(lambda found: f"\\\\u{ord(found[0]):04x}", text)
+
+
+def delivered(payload: str, *, seq: int | None, replayed: bool, age_s: float) -> dict[str, Any]:
+    """Return a recorded transcript as it is delivered now: what is only known then takes the place of the defaults."""
+    content: dict[str, Any] = json.loads(payload)
+    content.update(seq=seq, replayed=replayed, age_s=round(max(0.0, age_s), 3))
+    return content
