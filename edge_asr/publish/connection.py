@@ -36,7 +36,7 @@ PROOF_S = 1.0
 IN_FLIGHT_LIMIT = 20
 """Messages of QoS 1 that may be on their way in one direction, where the broker does not want fewer."""
 LARGEST_INCOMING = 65_536
-"""A larger packet a broker of MQTT 5 does not pass on to us, in bytes: commands are short."""
+"""A larger packet a broker of MQTT 5 does not pass on to us, in bytes: commands are short. None: it passes on all."""
 PACKETS_AT_A_TIME = 100
 """Packets read before the owner may do something else."""
 OVERHEAD_BYTES = 32
@@ -64,6 +64,7 @@ class Connection:
         on_refused: Callable[[int, Refusal], None] = lambda message_id, refusal: None,
         on_message: Callable[[str, bytes, bool], None],
         wake: Callable[[], None],
+        largest_incoming: int | None = LARGEST_INCOMING,
     ) -> None:
         """Start to connect; `wake` is called, by the helper thread, when there is something to serve.
 
@@ -94,6 +95,7 @@ class Connection:
         self._client_id = client_id
         self._open_by = math.inf
         self._answer_by = math.inf
+        self._largest_incoming = largest_incoming
         self._opened = threading.Event()
         self._dropped = False
         self._cut_short = False  # it ended without an answer to CONNECT
@@ -234,8 +236,13 @@ class Connection:
             client.on_subscribe = self._on_subscribe
             client.on_message = self._on_message
             client.on_socket_open = self._before_connect(client.on_socket_open)
-            limits = {"receive_maximum": IN_FLIGHT_LIMIT, "largest_packet": LARGEST_INCOMING}
-            start_connect(client, self._config, timeout_s=CONNECT_TIMEOUT_S, **limits)
+            start_connect(
+                client,
+                self._config,
+                timeout_s=CONNECT_TIMEOUT_S,
+                receive_maximum=IN_FLIGHT_LIMIT,
+                largest_packet=self._largest_incoming,
+            )
         except Exception as error:  # whatever it is, the owner waits to be told
             if not isinstance(error, (OSError, ValueError, EdgeAsrError)):
                 log.exception("connecting to the broker failed")
