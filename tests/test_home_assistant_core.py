@@ -193,7 +193,7 @@ def test_the_card_shows_what_was_said(core: HomeAssistantCore, broker: Mosquitto
     discover(broker, core)
     text, entities = yaml.safe_load((BLUEPRINT.parent / "card.yaml").read_text(encoding="utf-8"))["cards"]
     assert {row["entity"] for row in entities["entities"]} <= ENTITIES
-    assert "Nothing was said yet." in core.ask("render", template=text["content"])
+    assert "Nothing has been said." in core.ask("render", template=text["content"])
     is_said(core, broker, confidence=0.1)
     tell(broker, state="degraded", why="desk stalled")
     core.wait_for(lambda states: states["binary_sensor.hall_problem"]["state"] == "on", "the problem")
