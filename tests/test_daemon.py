@@ -80,23 +80,13 @@ def check_transcript(payload: dict[str, Any], began_at: datetime) -> None:
     assert (end - start).total_seconds() == pytest.approx(payload["duration_s"], abs=0.002)
     assert 0 <= payload["offset_s"] < 2
     trace = payload["latency_ms"]
-    assert set(trace) == {
-        "endpoint",
-        "capture",
-        "queue",
-        "features",
-        "encoder",
-        "cif",
-        "decoder",
-        "outbox",
-        "response",
-        "total",
-    }
+    stages = {"capture", "queue", "features", "encoder", "cif", "decoder", "outbox"}
+    assert set(trace) == {"endpoint", *stages, "response", "total"}
     assert trace["endpoint"] > 250, "the default preset waits for 384 ms after what the detector takes for the end"
     assert trace["total"] == pytest.approx(trace["endpoint"] + trace["response"], abs=0.1)
     assert payload["within_budget"] is (trace["response"] <= 300)
     assert payload["decoded_at_pause"] is True
-    assert (payload["replayed"], payload["seq"]) == (False, None)
+    assert (payload["replayed"], payload["seq"]) in [(False, 1), (False, 2), (False, 3)]
     assert 0 <= payload["age_s"] < 5
 
 
@@ -361,9 +351,54 @@ def test_without_a_broker_files_end_with_the_number_of_transcripts_not_delivered
     assert daemon.end() == 1
     assert time.monotonic() - began_at > 1, "it waited for the broker"
     assert daemon.complaints == [
-        f"edge-asr: transcripts not delivered to the broker at 127.0.0.1:{port}: 1, which wait in the outbox for the next start;"
-        " is it running?"
+        f"edge-asr: transcripts not delivered to the broker at 127.0.0.1:{port}: 1,"
+        " which wait in the outbox for the next start; is it running?"
     ]
+
+
+def test_what_the_broker_did_not_get_comes_with_the_next_start_and_is_no_command(
+    broker: Mosquitto, start: Start, tmp_path: Path
+) -> None:
+    options = ["-o", f"outbox.file={tmp_path / 'kept' / 'outbox.sqlite3'}", "-o", "drain_s=0.2"]
+    fast = [part for k in range(2) for part in ("-o", f"sources.{k}.realtime=false")]
+    assert start(free_port(), *options, *played(*NAMES[:2]), *fast).end() == 1
+    with Subscriber(broker.port) as subscriber:
+        daemon = start(broker.port, *options)
+        subscriber.wait_for(lambda s: len(s.on("transcript")) == 2, "what was kept")
+        assert daemon.stop() == 0
+        subscriber.wait_for(is_offline, "offline")
+        found = [message.json for message in subscriber.on("transcript")]
+        assert sorted(one["text"] for one in found) == sorted(SENTENCES[:2])
+        assert [one["seq"] for one in found] == [1, 2]
+        assert all(one["replayed"] and one["age_s"] > 0 for one in found)
+        assert subscriber.on("said") == []
+        outbox = subscriber.on("state")[-1].json["outbox"]
+        assert (outbox["rows"], outbox["last_seq"], outbox["trouble"]) == (2, 2, "")
+
+
+def test_an_outbox_in_use_and_a_disk_that_does_not_play_along_are_told(
+    broker: Mosquitto, start: Start, tmp_path: Path
+) -> None:
+    file = tmp_path / "outbox.sqlite3"
+    with Subscriber(broker.port) as subscriber:
+        daemon = start(broker.port, "-o", f"outbox.file={file}")
+        subscriber.wait_for(is_ready, "ready")
+        second = start(broker.port, "-o", f"outbox.file={file}")
+        assert second.end() == 2
+        [line] = second.complaints
+        assert f"{file} is in use by process {daemon.process.pid}" in line
+        assert daemon.stop() == 0
+    (tmp_path / "file").touch()
+    with Subscriber(broker.port) as subscriber:
+        daemon = start(broker.port, "--source", "stdin", "-o", f"outbox.file={tmp_path / 'file' / 'outbox.sqlite3'}")
+        subscriber.wait_for(lambda s: states(s)[-1:] == ["degraded"], "degraded")
+        state = subscriber.on("state")[-1].json
+        assert state["outbox"]["trouble"]
+        assert state["outbox"]["trouble"] in state["why"]
+        daemon.is_told(SENTENCES[0])
+        subscriber.wait_for(lambda s: s.on("said") and s.on("transcript"), "it listens all the same")
+        assert subscriber.on("transcript")[0].json["seq"] is None
+        assert daemon.stop() == 0
 
 
 def test_a_missing_file_leaves_the_other_source_alone_and_is_reported(
