@@ -131,6 +131,22 @@ def _keep_partial_frames(client: paho.Client, userdata: Any, sock: Any) -> None:
     sock.send = send_all
 
 
+class ErrorLog(logging.Handler):
+    """Keeps the last error of the network that a client met: paho tells its callbacks less than its log."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last: OSError | None = None
+        self.logger = logging.Logger("paho", logging.ERROR)
+        self.logger.addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep the error."""
+        for argument in record.args or ():
+            if isinstance(argument, OSError):
+                self.last = argument
+
+
 def client_id(config: MqttConfig, device_id: str, state_dir: Path) -> str:
     """Return a client id that is unique at the broker, and the same after a restart."""
     return config.client_id or f"edge_asr-{device_id}-{_kept_suffix(device_id, state_dir / 'client_id')}"

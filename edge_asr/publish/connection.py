@@ -7,7 +7,6 @@ import logging
 import math
 import select
 import socket
-import ssl
 import threading
 import time
 from collections import deque
@@ -23,7 +22,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 from edge_asr.config_mqtt import MqttConfig
 from edge_asr.errors import EdgeAsrError
 from edge_asr.publish import reasons, second_look
-from edge_asr.publish.client import CONNECT_TIMEOUT_S, explain, make_client, start_connect
+from edge_asr.publish.client import CONNECT_TIMEOUT_S, ErrorLog, explain, make_client, start_connect
 from edge_asr.publish.dialect import Message
 from edge_asr.publish.reasons import Problem, Refusal
 
@@ -84,7 +83,7 @@ class Connection:
         self.hung_up = False
         """The broker closed the connection instead of answering: an old one does that when it meets a new version."""
         self.in_flight_limit = IN_FLIGHT_LIMIT
-        """Messages of QoS 1 that may await their PUBACK; what is published beyond waits here."""
+        """Messages of QoS 1 that should await their PUBACK at a time; what the broker does not take yet waits here."""
         self.largest_packet: int | None = None
         """Bytes of the largest packet that the broker takes; None: it has not said. What is larger is refused here."""
         self.unacknowledged: dict[int, float] = {}
@@ -110,7 +109,7 @@ class Connection:
         self._on_refused = on_refused
         self._on_foreign_message = on_message
         self._wake = wake
-        self._errors = _Errors()
+        self._errors = ErrorLog()
         self._client: paho.Client | None = None
         self._will = will or (Message(will_topic, "offline", qos=1, retain=True) if will_topic else None)
         self._help(self._open)
@@ -357,20 +356,10 @@ class Connection:
 
     def _why_not_accepted(self) -> Problem:
         """Return why it ended without an answer to CONNECT; blocks."""
-        error, first = self._errors.last, self._first_bytes
-        if first.startswith(b"\x15\x03"):  # an alert of TLS
-            return second_look.speaks_tls()
-        if first.startswith(b"HTTP"):
-            return second_look.web_server()
-        if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError):
-            return explain(error, self._config)
-        self.unsupported = self.refused = first.startswith(b"\x20")  # a CONNACK that only the other version can read
-        if self.unsupported:
-            return reasons.refused_connection(reasons.UNSUPPORTED_VERSION, f"no MQTT {self.protocol}")
-        if first:
-            return Problem("it answers, but not with MQTT", "correct mqtt.port and mqtt.transport", lasting=True)
-        problem = second_look.hung_up(self._config)
-        self.hung_up = not problem.lasting  # or another reason than the version was found
+        first = self._first_bytes
+        problem = second_look.cut_short(self._config, self.protocol, first, self._errors.last)
+        self.unsupported = self.refused = first.startswith(second_look.CONNACK)
+        self.hung_up = not first and not problem.lasting  # or another reason than the version was found
         return problem
 
     def _why_lost(self, reason: str) -> Problem:
@@ -408,21 +397,6 @@ class Connection:
         except UnicodeDecodeError:  # not every broker looks
             return
         self._on_foreign_message(topic, bytes(message.payload), message.retain)
-
-
-class _Errors(logging.Handler):
-    """Keeps the last error of the network that paho met: it tells its callbacks less than its log."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.last: OSError | None = None
-        self.logger = logging.Logger("paho", logging.ERROR)
-        self.logger.addHandler(self)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        for argument in record.args or ():
-            if isinstance(argument, OSError):
-                self.last = argument
 
 
 def _explanation(properties: Any) -> dict[str, str]:

@@ -14,17 +14,34 @@ from typing import Any
 
 from edge_asr.config_mqtt import MqttConfig
 from edge_asr.errors import ConfigError
-from edge_asr.publish import tls
+from edge_asr.publish import reasons, tls
 from edge_asr.publish.reasons import Problem
 
 STEP_S = 5.0
 """For the connection, and for each step on it."""
 ALERT_S = 1.0
 """How long a broker may take to say that it does not accept our certificate."""
+CONNACK, TLS_ALERT = b"\x20", b"\x15\x03"
+"""How these packets begin."""
 STATUS = re.compile(rb"HTTP/\d\.\d (\d{3})")
 
 
-def hung_up(config: MqttConfig) -> Problem:
+def cut_short(config: MqttConfig, protocol: str, first: bytes, error: OSError | None) -> Problem:
+    """Return why CONNECT was not answered: `first` is what came instead, `error` what the network said."""
+    if first.startswith(TLS_ALERT):
+        return speaks_tls()
+    if first.startswith(b"HTTP"):
+        return web_server()
+    if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError):
+        return tls.failed(error, config)
+    if first.startswith(CONNACK):  # which only the other version can read
+        return reasons.refused_connection(reasons.UNSUPPORTED_VERSION, f"no MQTT {protocol}")
+    if first:
+        return Problem("it answers, but not with MQTT", "correct mqtt.port and mqtt.transport", lasting=True)
+    return _hung_up(config)
+
+
+def _hung_up(config: MqttConfig) -> Problem:
     """Return why the server closed the connection when we said what we want."""
     if config.tls.enabled:
         if (refused := _refused_certificate(config)) is not None:
