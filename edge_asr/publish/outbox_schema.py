@@ -18,6 +18,7 @@ Connect = Callable[..., sqlite3.Connection]
 Saved = tuple[int, str, float, str, "float | None", "str | None"]
 """The columns of a row."""
 
+MAGIC = b"SQLite format 3\0"
 APPLICATION_ID = 0x65_41_53_52
 """`eASR`, in the header of the file."""
 BUSY_S = 0.25
@@ -65,7 +66,9 @@ def open_file(path: Path, connect: Connect = sqlite3.connect, last_seq: int = 0)
     """
     try:
         return _open(path, connect)
-    except DamagedFileError as error:
+    except sqlite3.DatabaseError as error:
+        if not is_damage(error):
+            raise
         saved = _salvage(path)
         aside = _set_aside(path)
         log.error("%s was damaged (%s): set aside as %s; %d transcripts saved", path, error, aside.name, len(saved))
@@ -88,10 +91,8 @@ def _open(path: Path, connect: Connect) -> sqlite3.Connection:
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA secure_delete = ON")
         bring_up_to_date(connection)
-    except BaseException as error:  # whatever it is: the connection must not be left open
+    except BaseException:  # whatever it is: the connection must not be left open
         connection.close()
-        if isinstance(error, sqlite3.DatabaseError) and is_damage(error):
-            raise DamagedFileError(str(error)) from error
         raise
     return connection
 
@@ -121,7 +122,7 @@ def _look_at(path: Path) -> None:
             header = file.read(100)
     except FileNotFoundError:
         return
-    if len(header) == 100 and header.startswith(b"SQLite format 3\0"):
+    if len(header) == 100 and header.startswith(MAGIC):
         _know(path, *(int.from_bytes(header[at : at + 4], "big") for at in (68, 60)))
 
 
@@ -169,6 +170,8 @@ def bring_up_to_date(connection: sqlite3.Connection) -> None:
 
 def _salvage(path: Path) -> list[Saved]:
     """Return what can be read of a damaged file, in order: from its beginning, and from its end."""
+    with contextlib.suppress(OSError):
+        _lengthen(path)
     saved: dict[int, Saved] = {}
     for order in ("ASC", "DESC"):
         with contextlib.suppress(sqlite3.Error, OSError), contextlib.closing(sqlite3.connect(path)) as connection:
@@ -179,6 +182,15 @@ def _salvage(path: Path) -> list[Saved]:
                 if _is_whole(row):
                     saved[row[0]] = row
     return [saved[seq] for seq in sorted(saved)]
+
+
+def _lengthen(path: Path) -> None:
+    """Give a file that was cut off its length again, empty: SQLite reads nothing of one that is too short."""
+    with path.open("rb") as file:
+        header = file.read(32)
+    length = int.from_bytes(header[16:18], "big") * int.from_bytes(header[28:32], "big")
+    if header.startswith(MAGIC) and path.stat().st_size < length <= CHECKED_BYTES:
+        os.truncate(path, length)
 
 
 def _is_whole(row: tuple[Any, ...]) -> bool:

@@ -18,6 +18,8 @@ CHECKPOINT_BYTES = 4_000_000
 """A longer write-ahead log is copied into the file."""
 LOG_LIMIT_BYTES = 64_000_000
 """A log that has grown so long, because something was written all the time, is copied while the publisher waits."""
+QUIET_S = 0.3
+"""It is copied when nothing has been written for so long: what is written meanwhile cannot be copied with it."""
 IDLE_S = 60.0
 """So is any, when nothing has been written for so long."""
 CHECKPOINT_SYNCS = 3
@@ -138,7 +140,7 @@ class OutboxSync:
             return 0.0 if at_once else self._next_at - now
         self._hurried = False
         if self._commits > self._copied_commits:
-            idle_at = self._committed_at + (0.0 if self._copy_wanted or self._is_long() else IDLE_S)
+            idle_at = self._committed_at + (QUIET_S if self._copy_wanted or self._is_long() else IDLE_S)
             return max(self._next_at, idle_at) - now
         return None
 
@@ -149,11 +151,11 @@ class OutboxSync:
 
     def _is_copy_due(self) -> bool:
         with self._bell:
-            idle = time.monotonic() - self._committed_at >= IDLE_S
+            idle_s = time.monotonic() - self._committed_at
             # After a failed fsync the kernel may call the next one a success: copying writes everything once more.
-            return self._commits > self._copied_commits and (
-                idle or self._copy_wanted or self.failure is not None or self._is_long()
-            )
+            wanted = self._copy_wanted or self.failure is not None or idle_s >= IDLE_S or self._is_long()
+            quiet = idle_s >= QUIET_S or self._is_long(LOG_LIMIT_BYTES)
+            return self._commits > self._copied_commits and wanted and quiet
 
     def _sync(self) -> None:
         with self._bell:
@@ -174,26 +176,32 @@ class OutboxSync:
 
     def _copy(self, connection: sqlite3.Connection) -> None:
         """Copy the log into the file; empty the log where nothing was written meanwhile."""
-        with self._bell:
-            commits, seq = self._commits, self._committed_to
-            self._copy_wanted = False
-        started = time.monotonic()
-        busy, length, copied = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
-        self._done(commits, seq, started, CHECKPOINT_SYNCS)
-        if busy or length != copied:
-            return
+        for _ in range(2):  # what was written just before is copied, what was written after is not: look again
+            with self._bell:
+                commits, seq = self._commits, self._committed_to
+                self._copy_wanted = False
+            started = time.monotonic()
+            busy, length, copied = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+            self._done(commits, seq, started, CHECKPOINT_SYNCS)
+            if busy or length != copied or self._empty(connection, commits):
+                break
+
+    def _empty(self, connection: sqlite3.Connection, commits: int) -> bool:
+        """Empty the log after everything was copied; return False where something was written meanwhile."""
         with self.writing:
-            if commits == self._commits:
-                # Waits for no disk: all is copied. Without it SQLite would sync the log's new header in a commit.
-                self.emptied = not connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
-                self._copied_commits = commits
+            if commits != self._commits:
+                return False
+            # Waits for no disk: all is copied. Without it SQLite would sync the log's new header in a commit.
+            self.emptied = not connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+            self._copied_commits = commits
         _sync_file(wal_of(self._path), os.O_RDWR)
+        return True
 
     def _done(self, commits: int, seq: int, started: float, syncs: int) -> None:
         with self._bell:
             self._synced_commits = commits
             self.synced_to = seq
-            self._next_at = started + syncs * EVERY_S
+            self._next_at = max(self._next_at, started) + syncs * EVERY_S
         metrics.OUTBOX_SYNC.observe(time.monotonic() - started)
 
     def _defer(self, error: Exception) -> None:
