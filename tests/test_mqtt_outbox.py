@@ -237,6 +237,24 @@ def test_another_language_greets_hears_repeats_and_speaks_up(
         assert parrot.heard == [("parrot/hear", b"nothing", False), ("parrot/hear", b"again", False)]
 
 
+def test_what_another_language_says_to_nobody_is_not_said_later(broker: Mosquitto) -> None:
+    parrot = Parrot()
+    with publishing(config(broker.port), dialects=[parrot]) as publisher:
+        connected(publisher)
+        broker.kill()
+        disconnected(publisher)
+        parrot.told.append(Message("parrot/news", "old", qos=1))
+        publisher.wake()
+        wait_for(lambda: not parrot.told, "somebody to listen")
+        broker.start()
+        with Subscriber(broker.port) as subscriber:
+            connected(publisher)
+            parrot.told.append(Message("parrot/news", "new", qos=1))
+            publisher.wake()
+            subscriber.wait_for(lambda s: s.on("news"), "the news")
+            assert [message.payload for message in subscriber.on("news")] == ["new"]
+
+
 def test_an_outage_is_told_by_its_reason_afterwards(broker: Mosquitto) -> None:
     with publishing(config(broker.port)) as publisher:
         connected(publisher)

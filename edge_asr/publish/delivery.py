@@ -190,7 +190,7 @@ class Delivery:
             self._set_aside(row, f"the broker hangs up on its {len(row.payload.encode())} bytes")
 
     def replay(self, from_seq: int) -> Mapping[str, Any]:
-        """Publish everything that is kept from this row on once more, in order; return what was asked, and what it is."""
+        """Publish everything that is kept from this row on once more, in order; return what that is."""
         kept = self.outbox.first_kept(from_seq)
         if kept is None:
             return {"asked": from_seq, "rows": 0, "from_seq": None, "to_seq": None}

@@ -437,13 +437,15 @@ class MqttPublisher:
             self._publish(connection, Message(f"{self._prefix}/state", self._state_sent, qos=1, retain=True))
 
     def _collect_errands(self) -> None:
-        """Take the answers to commands, and what dialects have to say; of what nobody takes, the oldest is dropped."""
+        """Take the answers to commands, and what dialects have to say: that to nobody, where nobody is there to hear."""
         answers = self._commands.answers if self._commands is not None else ()
         while answers and len(self._errands) < ERRANDS_LIMIT:
             topic, payload = answers.popleft()
             self._errands.append(Message(topic, payload, qos=1, expires_s=ANSWER_FOR_S))
         for dialect in self._dialects:
-            self._errands.extend(dialect.take())
+            messages = list(dialect.take())
+            if self._connection is not None and self._connection.up:
+                self._errands.extend(messages)
 
     def _run_errands(self, connection: Connection) -> None:
         """Publish them; what a lost connection had in flight is not sent again: the state says it."""
