@@ -437,7 +437,7 @@ class MqttPublisher:
             self._publish(connection, Message(f"{self._prefix}/state", self._state_sent, qos=1, retain=True))
 
     def _collect_errands(self) -> None:
-        """Take the answers to commands, and what dialects have to say: that to nobody, where nobody is there to hear."""
+        """Take the answers to commands, and what dialects have to say: to nobody, where nobody is there to hear."""
         answers = self._commands.answers if self._commands is not None else ()
         while answers and len(self._errands) < ERRANDS_LIMIT:
             topic, payload = answers.popleft()
