@@ -300,9 +300,11 @@ class Daemon:
         self._publish_state()  # with the last counts
         if left:
             where = f"{self._config.mqtt.host}:{self._config.mqtt.port}"
-            kept = ", which wait in the outbox for the next start" if self._config.outbox.enabled else ""
+            lasting = self._config.outbox.enabled and not self._outbox.stats().trouble  # else they are in memory
+            kept = ", which wait in the outbox for the next start" if lasting else ""
+            why = (publisher and publisher.trouble) or "is it running?"
             self._failures.append(
-                EdgeAsrError(f"transcripts not delivered to the broker at {where}: {left}{kept}; is it running?")
+                EdgeAsrError(f"transcripts not delivered to the broker at {where}: {left}{kept}; {why}")
             )
 
     def _tell_losses(self) -> None:
