@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 from bundled import REPOSITORY
+from daemons import Start
 from home_assistant import BLUEPRINT, HomeAssistantCore
 from mosquitto import Mosquitto, Subscriber, send, wait_for
 
@@ -313,3 +314,27 @@ def test_a_restart_of_home_assistant_repeats_no_sentence(
         again.wait_for(lambda states: lamp(states) == "on", "the lamp")
     finally:
         again.close()
+
+
+def test_the_whole_path_from_sound_to_the_lamp_and_from_home_assistant_to_the_microphone(
+    core: HomeAssistantCore, broker: Mosquitto, start: Start
+) -> None:
+    core.ask("expose", entity_id="input_boolean.lamp")
+    core.ask("voice")
+    options = ["home_assistant.enabled=true", "home_assistant.area=Hall"]
+    daemon = start(broker.port, "--source", "stdin", *(part for option in options for part in ("-o", option)))
+    core.wait_for(
+        lambda states: states.keys() >= ENTITIES and states["switch.hall_mute"]["state"] == "off"
+        and states["sensor.hall_engine"]["state"].startswith("onnx"), "the appliance, ready",
+    )  # fmt: skip
+    assert core.ask("registry")["devices"]["hall"]["area"] == "Hall"
+    daemon.is_told("打开客厅灯")
+    states = core.wait_for(lambda states: lamp(states) == "on", "the lamp")
+    assert states["event.hall_said"]["attributes"]["text"] == "打开客厅灯"
+    core.wait_for(lambda states: states["switch.hall_mute"]["state"] == "on", "mute before the answer")
+    core.ask("call", domain="automation", service="turn_off", data={"entity_id": "automation.a"})
+    core.ask("call", domain="switch", service="turn_off", data={"entity_id": "switch.hall_mute"})
+    core.wait_for(lambda states: states["switch.hall_mute"]["state"] == "off", "the end of mute")
+    assert daemon.stop() == 0
+    core.wait_for(lambda states: states["switch.hall_mute"]["state"] == "unavailable", "the end of the appliance")
+    assert complaints(core) == []
