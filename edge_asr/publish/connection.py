@@ -54,11 +54,9 @@ class Connection:
         self,
         config: MqttConfig,
         client_id: str,
-        password: str | None = None,
         *,
-        protocol: str = "3.1.1",
+        protocol: str,
         will: Message | None = None,
-        will_topic: str = "",
         on_acknowledged: Callable[[int], None],
         on_refused: Callable[[int, Refusal], None] = lambda message_id, refusal: None,
         on_message: Callable[[str, bytes, bool], None],
@@ -111,7 +109,7 @@ class Connection:
         self._wake = wake
         self._errors = ErrorLog()
         self._client: paho.Client | None = None
-        self._will = will or (Message(will_topic, "offline", qos=1, retain=True) if will_topic else None)
+        self._will = will
         self._help(self._open)
 
     @property
@@ -175,13 +173,11 @@ class Connection:
             remedy = "see whether mqtt.port and mqtt.transport are those of an MQTT broker, and its log"
             self._fail(Problem("it accepts connections but does not answer", remedy))
 
-    def publish(self, message: Message | str, payload: str = "", *, qos: int = 0, retain: bool = False) -> int:
+    def publish(self, message: Message) -> int:
         """Publish now and return the message's id; where that fails, `failure` says so afterwards.
 
         What is too large for the broker is not sent: with QoS 1 `on_refused` is told, soon.
         """
-        if isinstance(message, str):
-            message = Message(message, payload, qos, retain)
         message_id = next(self._ids)
         size = len(message.topic.encode()) + len(message.payload.encode()) + OVERHEAD_BYTES
         if self.largest_packet is not None and size > self.largest_packet:
@@ -194,9 +190,8 @@ class Connection:
             self._send_held()
         return message_id
 
-    def subscribe(self, topics: str | Sequence[str]) -> None:
+    def subscribe(self, topics: Sequence[str]) -> None:
         """Ask for the messages on these topics, with QoS 1."""
-        topics = [topics] if isinstance(topics, str) else list(topics)
         if topics:
             code, number = self._live.subscribe([(topic, 1) for topic in topics])
             if number is not None:
