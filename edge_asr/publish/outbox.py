@@ -299,9 +299,11 @@ class DiskOutbox:
         """Move the rows in memory to the file, in order, and tell it what was settled meanwhile."""
         file = self._file
         assert file is not None
-        missed = reopened and bool(file.pending(self._offered_to, 1))
-        known = file.seqs_above(self._last_seq)  # a commit that failed may have come through all the same
         rows = list(self._memory.rows)
+        ids, above = {row.id for row in rows}, file.seqs_above(self._last_seq)
+        # A commit that failed may have come through all the same.
+        known = {identity: seq for identity, seq in above.items() if identity in ids}
+        missed = reopened and any(row.id not in known for row in file.pending(self._offered_to, 1))
         new = [row for row in rows if row.id not in known]
         known.update((row.id, row.seq or 0) for row in file.add((row.id, row.recorded_at, row.payload) for row in new))
         self._last_seq = file.last_seq
