@@ -162,7 +162,7 @@ def test_commands_spoken_while_the_broker_is_dead_reach_the_record_in_order_and_
             assert texts_on(subscriber, "said") == ["现在"]
             replayed = [message.json["replayed"] for message in subscriber.on("transcript")]
             assert replayed == [True] * 50 + [False]
-            assert all(message.json["age_s"] > 0 for message in subscriber.on("transcript"))
+            assert all(message.json["age_s"] > 0 for message in subscriber.on("transcript")[:50])
         wait_for(lambda: publisher.stats().sent == 51, "the acknowledgements")
     door.shut()
 

@@ -14,7 +14,7 @@ import pytest
 from mosquitto import Mosquitto, Subscriber, send, send_lines, wait_for
 from publishers import BASE, config, connected, disconnected, publishing, texts_on, transcript
 
-from edge_asr.publish import commands, mqtt
+from edge_asr.publish import commands, notices
 from edge_asr.publish.commands import CommandError
 
 
@@ -194,7 +194,7 @@ def test_commands_are_subscribed_to_again_after_the_broker_was_restarted(broker:
 def test_answers_that_a_lost_connection_had_in_flight_do_not_hold_up_those_to_come(broker: Mosquitto) -> None:
     appliance = Appliance()
     appliance.at_once = False
-    limit = mqtt.ERRANDS_LIMIT
+    limit = notices.ERRANDS_LIMIT
     with publishing(config(broker.port), command=appliance) as publisher:
         ready(broker)
         send_lines(broker.port, f"{BASE}/cmd/mute", ["on"] * limit)
@@ -202,7 +202,7 @@ def test_answers_that_a_lost_connection_had_in_flight_do_not_hold_up_those_to_co
         broker.freeze()
         for future in appliance.pending:
             future.set_result({})
-        wait_for(lambda: len(publisher._errands_in_flight) == limit, "the answers to be on their way")
+        wait_for(lambda: len(publisher._notices._errands_in_flight) == limit, "the answers to be on their way")
         broker.kill()
         disconnected(publisher)
         broker.start()
@@ -235,8 +235,8 @@ def test_commands_that_come_while_it_closes_are_not_obeyed_but_answers_still_go_
             ready(broker)
             send(broker.port, f"{BASE}/cmd/mute", "on")
             wait_for(lambda: appliance.pending, "the command")
-            assert publisher._commands is not None
-            publisher._commands._wake = lambda: None  # so that the close finds the answer waiting
+            assert publisher._notices._commands is not None
+            publisher._notices._commands._wake = lambda: None  # so that the close finds the answer waiting
             appliance.pending[0].set_result({"mute": True})
             publisher.close(1.0)
             publisher._receive(f"{BASE}/cmd/mute", b"off", False)

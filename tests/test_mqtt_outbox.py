@@ -13,7 +13,7 @@ from mosquitto import Door, Mosquitto, Subscriber, free_port, send, wait_for
 from publishers import BASE, config, connected, disconnected, publishing, texts_on, transcript
 
 from edge_asr.config_mqtt import OutboxConfig
-from edge_asr.publish import mqtt
+from edge_asr.publish import delivery, notices
 from edge_asr.publish.delivery import READ
 from edge_asr.publish.dialect import Greeting, Message
 from edge_asr.publish.mqtt import MqttPublisher
@@ -130,7 +130,7 @@ def test_a_replay_goes_on_where_a_lost_connection_left_it(
                     door.open()
 
             monkeypatch.setattr(publisher._delivery, "acknowledge", cut_in_the_middle)
-            publisher._delivery.replay(1)
+            publisher._delivery.replay({"from_seq": 1})
             publisher.wake()
             subscriber.wait_for(lambda s: "300" in texts_on(s, "transcript")[before:], "the end of the replay")
             assert done.is_set()
@@ -146,7 +146,7 @@ def test_a_replay_does_not_pass_by_what_is_still_to_be_published(broker: Mosquit
         publisher.close(0.0)
     with Subscriber(broker.port) as subscriber:
         publisher = publisher_of(broker, file)
-        publisher._delivery.replay(200)  # asked for before anything went out
+        publisher._delivery.replay({"from_seq": 200})  # asked for before anything went out
         publisher.start()
         try:
             subscriber.wait_for(lambda s: len(s.on("transcript")) == 400, "everything")
@@ -176,7 +176,7 @@ def test_flush_is_answered_when_all_is_acknowledged_and_on_the_disk(broker: Mosq
 
 
 def test_flush_says_so_where_it_cannot_be_done(broker: Mosquitto, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mqtt, "FLUSH_S", 0.2)
+    monkeypatch.setattr(delivery, "FLUSH_S", 0.2)
     monkeypatch.setattr(DiskOutbox, "synced_to", property(lambda self: 0))
     with (
         publishing(config(broker.port), outbox=on_disk(file), command=nobody) as publisher,
@@ -216,7 +216,7 @@ class Parrot:
 def test_another_language_greets_hears_repeats_and_speaks_up(
     broker: Mosquitto, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mqtt, "GREET_WITHIN_S", 0.1)
+    monkeypatch.setattr(notices, "GREET_WITHIN_S", 0.1)
     parrot = Parrot()
     with Subscriber(broker.port) as subscriber, publishing(config(broker.port), dialects=[parrot]) as publisher:
         publisher.set_state({"state": "ready"})

@@ -8,6 +8,8 @@ import sys
 import time
 from collections import deque
 from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any
 
 from edge_asr import metrics
@@ -25,10 +27,22 @@ READ = 100
 """Rows read from the outbox at a time."""
 HOLD_S = 60.0
 """A broker that refuses transcripts is offered the next one after so long."""
+FLUSH_S = 10.0
+"""A flush is answered after this time at the latest."""
 CUT_S = 1.0
 """A connection that ends so soon after a transcript was sent may have ended because of it."""
 CUTS = 3
 """So many connections in a row are given for a transcript that was alone in flight each time."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Flush:
+    """Somebody waits until everything up to here is acknowledged and on the disk."""
+
+    to_seq: int
+    by: float
+    """Monotonic seconds."""
+    done: Future[Mapping[str, Any]]
 
 
 class Delivery:
@@ -52,6 +66,7 @@ class Delivery:
         self._held_until = 0.0
         self._one_at_a_time = False
         self._cuts: dict[str, int] = {}  # at most one: that of the transcript that was alone in flight
+        self._flushes: list[_Flush] = []  # each answers a command, of which few are obeyed at a time
         self._failed: str | None = None  # the one whose publishing raised last
         self._recorded_ms: dict[str, float] = {}  # of the latest NOTED
 
@@ -157,6 +172,7 @@ class Delivery:
         if self._acknowledged:
             self.outbox.acknowledge(self._acknowledged)
             self._acknowledged = []
+        self._finish_flushes()
 
     def lose(self, connection: Connection | None) -> None:
         """Take back what a connection that is over had in flight: all of it is offered again."""
@@ -189,19 +205,42 @@ class Delivery:
             self._cuts.clear()
             self._set_aside(row, f"the broker hangs up on its {len(row.payload.encode())} bytes")
 
-    def replay(self, from_seq: int) -> Mapping[str, Any]:
-        """Publish everything that is kept from this row on once more, in order; return what that is."""
+    def replay(self, arguments: Mapping[str, Any]) -> Future[Mapping[str, Any]]:
+        """Publish everything that is kept from row `from_seq` on once more, in order; return what that is."""
+        done: Future[Mapping[str, Any]] = Future()
+        from_seq = arguments["from_seq"]
         kept = self.outbox.first_kept(from_seq)
         if kept is None:
-            return {"asked": from_seq, "rows": 0, "from_seq": None, "to_seq": None}
+            done.set_result({"asked": from_seq, "rows": 0, "from_seq": None, "to_seq": None})
+            return done
         first, last, count = kept
         under_way = self._position < self._replay.stop
         self._replay = range(min(first, self._replay.start) if under_way else first, last + 1)
         if self._position > first:
             self._rewind(Row(seq=first - 1, id="", recorded_at=0.0, payload="{}"))
-        return {"asked": from_seq, "rows": count, "from_seq": first, "to_seq": last}
+        done.set_result({"asked": from_seq, "rows": count, "from_seq": first, "to_seq": last})
+        return done
 
-    def has_delivered(self, seq: int) -> bool:
+    def flush(self, arguments: Mapping[str, Any]) -> Future[Mapping[str, Any]]:
+        """Return what is done once everything recorded so far is acknowledged and on the disk, or after `FLUSH_S`."""
+        self.outbox.sync()
+        flush = _Flush(self.outbox.stats().last_seq or 0, time.monotonic() + FLUSH_S, Future())
+        self._flushes.append(flush)
+        return flush.done
+
+    @property
+    def flushing(self) -> bool:
+        """Somebody waits for a flush; the disk wakes nobody."""
+        return bool(self._flushes)
+
+    def _finish_flushes(self) -> None:
+        for flush in list(self._flushes):
+            synced = self.outbox.synced_to >= flush.to_seq
+            if (synced and self._has_delivered(flush.to_seq)) or time.monotonic() > flush.by:
+                self._flushes.remove(flush)
+                flush.done.set_result({"pending": self.outbox.stats().pending, "synced": synced})
+
+    def _has_delivered(self, seq: int) -> bool:
         """Tell whether the broker has acknowledged everything up to this row."""
         left = self.outbox.pending(None, 1)
         return not left or (left[0].seq or 0) > seq

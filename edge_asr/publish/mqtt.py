@@ -15,7 +15,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +24,9 @@ from edge_asr.publish.client import Versions
 from edge_asr.publish.commands import Command, Commands
 from edge_asr.publish.connection import Connection
 from edge_asr.publish.delivery import Delivery
-from edge_asr.publish.dialect import Dialect, Greeting, Message
+from edge_asr.publish.dialect import Dialect, Message
 from edge_asr.publish.live import Live
+from edge_asr.publish.notices import Notices
 from edge_asr.publish.outbox import Outbox
 from edge_asr.publish.partials import Partials
 from edge_asr.publish.payload import to_payload
@@ -39,14 +39,6 @@ INBOX_LIMIT = 1000
 """Transcripts offered and not yet recorded; one more drops the oldest, counted."""
 GOODBYE_S = 1.0
 """How long `close` waits for the acknowledgement of `offline`."""
-ERRANDS_LIMIT = 20
-"""Answers to commands and messages of dialects published and not yet acknowledged; the others wait."""
-ANSWER_FOR_S = 60
-"""Nobody waits for longer for the answer to a command."""
-GREET_WITHIN_S = 3.0
-"""When everybody is asked to introduce themselves again, each does so some time within this."""
-FLUSH_S = 10.0
-"""`flush` is answered after this time at the latest."""
 TICK_S = 1.0
 """The longest sleep of the publisher thread: paho looks after the keep-alive in between, the outbox after itself."""
 
@@ -71,16 +63,6 @@ class PublisherStats:
     """Connections after the first one."""
     last_failure: str
     """Why the last connection ended, or did not come about; empty: none has."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Flush:
-    """Somebody waits until everything up to here is acknowledged and on the disk."""
-
-    to_seq: int
-    by: float
-    """Monotonic seconds."""
-    done: Future[Mapping[str, Any]]
 
 
 class MqttPublisher:
@@ -125,21 +107,15 @@ class MqttPublisher:
         self._delivery = Delivery(outbox, f"{self._prefix}/transcript")
         self._live = Live(config.live_for_s)
         self._partials = Partials()
-        local = {"replay": self._replay, "flush": self._flush}
-        self._commands = Commands(self._prefix, command, self.wake, local) if command and config.commands else None
+        local = {"replay": self._delivery.replay, "flush": self._delivery.flush}
+        commands = Commands(self._prefix, command, self.wake, local) if command and config.commands else None
+        self._notices = Notices(self._prefix, commands, dialects)
         self._dialects = dialects
         self._changed = changed
-        self._flushes: list[_Flush] = []
-        self._errands: deque[Message] = deque()  # as many as commands and dialects have to say at a time
-        self._errands_in_flight: set[int] = set()
-        self._topics: dict[int, str] = {}  # of what is in flight and no transcript
-        self._refused: dict[str, str] = {}  # why, by topic
         self._connection: Connection | None = None
         self._versions = Versions(config.protocol)
         self._greeted = False
-        self._greet_at = math.inf
         self._tend_at = -math.inf
-        self._state_sent: str | None = None
         self._attempts = self._greetings = 0
         self._failures = 0  # since a connection lasted
         self._retry_at = -math.inf
@@ -290,8 +266,8 @@ class MqttPublisher:
             self._lose(connection.failure, lasting=connection.lasting, at_once=other)
         elif connection is not None and connection.up and not self._greeted:
             self._arrive(connection)
-        elif connection is not None and connection.up and time.monotonic() >= self._greet_at:
-            self._greet(connection)
+        elif connection is not None and connection.up and time.monotonic() >= self._notices.greet_at:
+            self._notices.greet(connection)
         elif connection is None and self._may_try():
             self._attempts += 1
             self._connection = Connection(
@@ -312,33 +288,12 @@ class MqttPublisher:
         self._versions.worked()
         where = f"{self._config.host}:{self._config.port}"
         log.info("connected to the broker at %s, with MQTT %s", where, connection.protocol)
-        topics = [] if self._commands is None else [self._commands.topics]
-        topics += [topic for dialect in self._dialects for topic in dialect.topics]
-        if topics:
-            connection.subscribe(topics)
+        connection.subscribe(self._notices.topics)
         self._delivery.begin()
         self._greetings += 1
         self._greeted = True
         self._warned.clear()
-        self._refused.clear()
-        self._greet(connection)
-        self._look_for_trouble()
-
-    def _greet(self, connection: Connection) -> None:
-        """Publish everything retained: status, state, and what other languages need."""
-        self._greet_at = math.inf
-        self._publish(connection, Message(f"{self._prefix}/status", "online", qos=1, retain=True))
-        self._state_sent = None
-        for dialect in self._dialects:
-            for message in dialect.greet():
-                self._publish(connection, message)
-
-    def _publish(self, connection: Connection, message: Message) -> int:
-        """Publish what is no transcript."""
-        message_id = connection.publish(message)
-        if message.qos > 0:
-            self._topics[message_id] = message.topic
-        return message_id
+        self._notices.greet(connection)
 
     def _lose(self, why: str, *, lasting: bool = False, at_once: bool = False) -> None:
         """Give the connection up, and plan the next attempt."""
@@ -350,8 +305,7 @@ class MqttPublisher:
         self._last_failure = why
         self._delivery.lose(connection)
         self._live.forget()
-        self._errands_in_flight.clear()
-        self._topics.clear()
+        self._notices.lose()
         self._outbox.tend(online=False)
         self._look_for_trouble()
         longest = self._config.reconnect_max_s
@@ -368,37 +322,22 @@ class MqttPublisher:
         log.log(level, "no connection to the broker at %s: %s; trying again in %.1f s", where, why, delay_s)
 
     def _receive(self, topic: str, payload: bytes, retained: bool) -> None:
-        if self._close_by is not None:
-            return
-        if self._commands is not None and topic.startswith(f"{self._prefix}/cmd/"):
-            self._commands.receive(topic, payload, retained)
-            return
-        for dialect in self._dialects:
-            if dialect.receive(topic, payload, retained) is Greeting.AGAIN:
-                self._greet_at = time.monotonic() + random.uniform(0, GREET_WITHIN_S)
+        if self._close_by is None:
+            self._notices.receive(topic, payload, retained)
 
     def _acknowledge(self, message_id: int) -> None:
-        self._errands_in_flight.discard(message_id)
-        if (topic := self._topics.pop(message_id, None)) is None:
+        if not self._notices.acknowledge(message_id):
             self._delivery.acknowledge(message_id)
-        elif self._refused.pop(topic, None) is not None:
-            self._look_for_trouble()
-        if self._trouble and not self._delivery.trouble:
+        if self._trouble:
             self._look_for_trouble()
 
     def _refuse(self, message_id: int, refusal: Refusal) -> None:
-        self._errands_in_flight.discard(message_id)
-        topic = self._topics.pop(message_id, None)
-        if topic is None:
+        if not self._notices.refuse(message_id, refusal):
             self._delivery.refuse(message_id, refusal)
-        elif topic not in self._refused:
-            self._refused[topic] = refusal.why
-            log.warning("the broker refuses what is published on %s: %s", topic, refusal.why)
         self._look_for_trouble()
 
     def _look_for_trouble(self) -> None:
-        refused = next((f"the broker refuses {topic}: {why}" for topic, why in self._refused.items()), "")
-        trouble = self._delivery.trouble or refused
+        trouble = self._delivery.trouble or self._notices.trouble
         if trouble != self._trouble:
             self._trouble = trouble
             self._changed()
@@ -406,19 +345,18 @@ class MqttPublisher:
     def _send(self) -> None:
         partials = self._partials.take()  # here, connected or not: none waits for the broker
         self._delivery.note()
-        self._finish_flushes()
-        self._collect_errands()
         connection = self._connection
+        self._notices.collect(connection)
         if connection is None or not connection.up:
             return
-        self._send_state(connection)
+        self._notices.tell_state(connection, self._state)
         self._delivery.send(connection)
         self._live.send(connection, self._say, self._delivery.content)
         for partial in partials:
             if connection.brisk:
                 payload = to_payload(partial.to_json())
                 connection.publish(Message(f"{self._prefix}/partial", payload, expires_s=self._live_s))
-        self._run_errands(connection)
+        self._notices.send(connection)
 
     @property
     def _live_s(self) -> int:
@@ -431,31 +369,6 @@ class MqttPublisher:
             for message in dialect.said(said):
                 self._connection.publish(message)
 
-    def _send_state(self, connection: Connection) -> None:
-        if self._state is not None and self._state != self._state_sent:
-            self._state_sent = self._state
-            self._publish(connection, Message(f"{self._prefix}/state", self._state_sent, qos=1, retain=True))
-
-    def _collect_errands(self) -> None:
-        """Take the answers to commands, and what dialects have to say: to nobody, where nobody is there to hear."""
-        answers = self._commands.answers if self._commands is not None else ()
-        while answers and len(self._errands) < ERRANDS_LIMIT:
-            topic, payload = answers.popleft()
-            self._errands.append(Message(topic, payload, qos=1, expires_s=ANSWER_FOR_S))
-        for dialect in self._dialects:
-            messages = list(dialect.take())
-            if self._connection is not None and self._connection.up:
-                self._errands.extend(messages)
-
-    def _run_errands(self, connection: Connection) -> None:
-        """Publish them; what a lost connection had in flight is not sent again: the state says it."""
-        while self._errands and connection.up and len(self._errands_in_flight) < ERRANDS_LIMIT:
-            message = self._errands.popleft()
-            message_id = self._publish(connection, message)
-            if message.qos > 0:
-                self._errands_in_flight.add(message_id)
-            self._collect_errands()
-
     def _tend(self) -> None:
         """Let the outbox look after itself, about once a second."""
         now = time.monotonic()
@@ -464,36 +377,15 @@ class MqttPublisher:
             connection = self._connection
             self._outbox.tend(online=connection is not None and connection.up and connection.brisk)
 
-    def _replay(self, arguments: Mapping[str, Any]) -> Future[Mapping[str, Any]]:
-        """Obey `cmd/replay`."""
-        done: Future[Mapping[str, Any]] = Future()
-        done.set_result(self._delivery.replay(arguments["from_seq"]))
-        return done
-
-    def _flush(self, arguments: Mapping[str, Any]) -> Future[Mapping[str, Any]]:
-        """Obey `cmd/flush`: answer once everything recorded so far is acknowledged and on the disk."""
-        self._outbox.sync()
-        flush = _Flush(self._outbox.stats().last_seq or 0, time.monotonic() + FLUSH_S, Future())
-        self._flushes.append(flush)
-        return flush.done
-
-    def _finish_flushes(self) -> None:
-        for flush in list(self._flushes):
-            synced = self._outbox.synced_to >= flush.to_seq
-            delivered = self._delivery.has_delivered(flush.to_seq)
-            if (synced and delivered) or time.monotonic() > flush.by:
-                self._flushes.remove(flush)
-                flush.done.set_result({"pending": self._outbox.stats().pending, "synced": synced})
-
     def _wait(self) -> None:
         """Sleep until the broker sends, somebody calls `_wake`, or something is due; then serve the connection."""
         now = time.monotonic()
-        due = min(now + TICK_S, self._greet_at)
+        due = min(now + TICK_S, self._notices.greet_at)
         if self._connection is None:
             due = min(due, self._retry_at)
         if (live_until := self._live.next_end()) is not None:
             due = min(due, live_until)
-        if self._flushes:
+        if self._delivery.flushing:
             due = min(due, now + 0.05)  # the disk does not wake us
         if self._close_by is not None:
             due = min(due, max(self._close_by, now + 0.01))  # after it, GOODBYE_S runs in short steps
@@ -511,10 +403,10 @@ class MqttPublisher:
         """Say `offline`, and leave the rest in the outbox."""
         connection = self._connection
         if connection is not None and connection.up:
-            self._send_state(connection)  # it may have been set at the very end
-            self._collect_errands()
-            self._run_errands(connection)
-            offline = self._publish(connection, Message(f"{self._prefix}/status", "offline", qos=1, retain=True))
+            self._notices.tell_state(connection, self._state)  # it may have been set at the very end
+            self._notices.collect(connection)
+            self._notices.send(connection)
+            offline = self._notices.tell_status(connection, "offline")
             give_up_at = time.monotonic() + GOODBYE_S
             while connection.up and offline in connection.unacknowledged and time.monotonic() < give_up_at:
                 self._wait()
