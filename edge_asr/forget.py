@@ -81,6 +81,7 @@ class Forgetter:
             on_acknowledged=lambda message_id: None,
             on_refused=self._note_refusal,
             on_message=self._note,
+            largest_incoming=None,
             wake=lambda: None,
         )
 

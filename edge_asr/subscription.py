@@ -88,6 +88,7 @@ class Subscription:
             protocol=self._versions.current,
             on_acknowledged=lambda message_id: None,
             on_message=self._on_message,
+            largest_incoming=None,
             wake=self._wake,
         )
 

@@ -348,13 +348,26 @@ def test_mute_gets_through_however_much_else_comes(clock: Clock) -> None:
 
 def test_what_was_retained_once_is_not_obeyed_again_on_the_next_connection(clock: Clock) -> None:
     appliance = Appliance()
+    appliance.commands.subscribed()
     appliance.receive("mute", "off", retained=True)
     appliance.receive("mute", "on")
+    appliance.commands.subscribed()
     appliance.receive("mute", "off", retained=True)
     assert [arguments["mute"] for _, arguments in appliance.asked] == [False, True]
     appliance.receive("mute", "on", retained=True)
     appliance.receive("mute", "off", retained=True)
     assert [arguments["mute"] for _, arguments in appliance.asked] == [False, True, True, False]
+
+
+def test_what_is_retained_while_we_are_there_is_a_new_wish(clock: Clock) -> None:
+    appliance = Appliance()
+    appliance.commands.subscribed()
+    appliance.receive("mute", "off", retained=True)
+    appliance.receive("mute", "on")
+    clock.now += commands.KEPT_S
+    appliance.receive("mute", "off", retained=True)
+    appliance.receive("reload", retained=True)
+    assert appliance.asked == [("mute", {"mute": muted}) for muted in (False, True, False)]
 
 
 def test_commands_that_never_end_do_not_pile_up(clock: Clock) -> None:

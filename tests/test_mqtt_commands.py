@@ -139,6 +139,16 @@ def test_retained_mute_and_preset_are_obeyed_on_every_connect_and_a_retained_lis
         assert all(answer["ok"] for name in ("mute", "preset") for answer in answers(subscriber, name))
 
 
+def test_a_command_that_is_retained_while_we_are_there_does_nothing_but_mute_and_preset(broker: Mosquitto) -> None:
+    appliance = Appliance()
+    with Subscriber(broker.port) as subscriber, publishing(config(broker.port, protocol=5), command=appliance):
+        ready(broker)
+        for name, payload in (("reload", ""), ("listen", '{"seconds": 8}'), ("preset", "relaxed"), ("mute", "on")):
+            send(broker.port, f"{BASE}/cmd/{name}", payload, retained=True)
+        subscriber.wait_for(lambda s: answers(s, "mute"), "the answer")
+        assert appliance.asked == [("preset", {"preset": "relaxed"}), ("mute", {"mute": True})]
+
+
 def test_a_repeated_listen_is_obeyed_once_and_a_repeated_mute_each_time(broker: Mosquitto) -> None:
     appliance = Appliance()
     with publishing(config(broker.port), command=appliance), Subscriber(broker.port) as subscriber:

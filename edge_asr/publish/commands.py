@@ -33,6 +33,8 @@ PAYLOAD_LIMIT = 1024
 """Bytes of a command's payload."""
 REPEAT_S = 5.0
 """The same command within this time is the same wish, delivered or sent twice."""
+KEPT_S = 2.0
+"""What the broker has kept comes within this time after the subscription."""
 RATE_LIMIT = 20
 """Commands taken in a second; the others are refused."""
 PENDING_LIMIT = 32
@@ -93,6 +95,7 @@ class Commands:
         self._lanes = {True: _Lane(), False: _Lane()}
         """Mute has one of its own: it must get through, however much else comes."""
         self._obeyed: dict[Wish, float] = {}  # of the last REPEAT_S, so at most REPEAT_S * RATE_LIMIT
+        self._subscribed_at = -math.inf
         self._retained: dict[str, bytes] = {}
         """What the broker kept of each that says how things shall be, as it was delivered last."""
 
@@ -107,10 +110,15 @@ class Commands:
             with self._answering_failures(name):
                 self._obey(name, payload)
 
+    def subscribed(self) -> None:
+        """Note that the broker is about to deliver what it has kept."""
+        self._subscribed_at = time.monotonic()
+
     def _is_old(self, name: str, payload: bytes, retained: bool) -> bool:
         if name not in IDEMPOTENT:
             return retained
-        again = retained and self._retained.get(name) == payload  # another connection is no other wish
+        kept = retained and time.monotonic() - self._subscribed_at < KEPT_S  # later it is retained, but a new wish
+        again = kept and self._retained.get(name) == payload  # another connection is no other wish
         if retained:
             self._retained[name] = payload[:PAYLOAD_LIMIT]
         return again or not payload  # so a retained message is removed

@@ -18,6 +18,7 @@ from paho.mqtt.enums import MQTTErrorCode
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
+from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from edge_asr.config_mqtt import MqttConfig
 from edge_asr.errors import EdgeAsrError
@@ -190,10 +191,18 @@ class Connection:
             self._send_held()
         return message_id
 
-    def subscribe(self, topics: Sequence[str]) -> None:
-        """Ask for the messages on these topics, with QoS 1."""
+    def subscribe(self, topics: Sequence[str], *, as_published: bool = False) -> None:
+        """Ask for the messages on these topics, with QoS 1.
+
+        Whether a message was published as one to be retained is passed on where the broker has kept it; `as_published`:
+        always, which only a broker of MQTT 5 can.
+        """
         if topics:
-            code, number = self._live.subscribe([(topic, 1) for topic in topics])
+            if self.protocol == "5":
+                options = SubscribeOptions(qos=1, retainAsPublished=as_published)
+                code, number = self._live.subscribe([(topic, options) for topic in topics])
+            else:
+                code, number = self._live.subscribe([(topic, 1) for topic in topics])
             if number is not None:
                 self._subscriptions[number] = topics
             self._check(code)

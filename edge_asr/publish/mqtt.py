@@ -288,7 +288,7 @@ class MqttPublisher:
         self._versions.worked()
         where = f"{self._config.host}:{self._config.port}"
         log.info("connected to the broker at %s, with MQTT %s", where, connection.protocol)
-        connection.subscribe(self._notices.topics)
+        self._notices.subscribe(connection)
         self._delivery.begin()
         self._greetings += 1
         self._greeted = True

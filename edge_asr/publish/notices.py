@@ -44,11 +44,12 @@ class Notices:
         """What the broker refuses, in words; empty: nothing."""
         return next((f"the broker refuses {topic}: {why}" for topic, why in self._refused.items()), "")
 
-    @property
-    def topics(self) -> list[str]:
-        """What to subscribe to on every connect."""
-        ours = [] if self._commands is None else [self._commands.topics]
-        return ours + [topic for dialect in self._dialects for topic in dialect.topics]
+    def subscribe(self, connection: Connection) -> None:
+        """Ask for commands, and for what other languages listen to; to be done on every connect."""
+        if self._commands is not None:
+            connection.subscribe([self._commands.topics], as_published=True)
+            self._commands.subscribed()
+        connection.subscribe([topic for dialect in self._dialects for topic in dialect.topics])
 
     def receive(self, topic: str, payload: bytes, retained: bool) -> None:
         """Take a message on one of the topics."""
