@@ -51,13 +51,19 @@ class Controls:
         self._unkept = False
         chosen, self.trouble = _read(self._file)
         """Why nobody knows whether it was muted, and what to do; empty where all is well."""
-        self.muted = chosen.get("mute") is True
+        self._mute_chosen = chosen.get("mute") is True
+        self._muted_by: set[str] = set()  # for as long as they last, not over a restart; one for each other language
         preset = chosen.get("preset")
         self.preset: str = preset if isinstance(preset, str) and preset in ENDPOINTS else config.preset
         if self.trouble:
             log.warning("%s", self.trouble)
         elif self.muted or self.preset != config.preset:
             log.info("%s, as was chosen before the last stop", self)
+
+    @property
+    def muted(self) -> bool:
+        """Nobody is heard: it was chosen, or somebody wants silence for a moment."""
+        return self._mute_chosen or bool(self._muted_by)
 
     def __str__(self) -> str:
         """How things are, for the log."""
@@ -86,7 +92,7 @@ class Controls:
                 return
             self._unkept = False
             try:
-                await asyncio.to_thread(_write, self._file, {"mute": self.muted, "preset": self.preset})
+                await asyncio.to_thread(_write, self._file, {"mute": self._mute_chosen, "preset": self.preset})
             except OSError as error:  # it holds all the same, until the next start
                 self._unkept = True
                 log.warning("cannot keep mute and preset for the next start: %s", error)
@@ -94,23 +100,35 @@ class Controls:
     def _do(self, name: str, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
         match name:
             case "mute":
-                return self.mute(arguments["mute"])
+                return self.mute(arguments["mute"], arguments.get("by", ""))
             case "preset":
                 return self.use(arguments["preset"])
             case "listen":
                 return self.listen(arguments.get("seconds"))
         raise EdgeAsrError(f"unknown command {name}; known here: mute, preset, listen")
 
-    def mute(self, muted: bool) -> Mapping[str, Any]:
-        """Close all microphones and hear nothing of the other sources, or the reverse. Who asked to be heard is not."""
-        known, self.trouble = not self.trouble, ""
-        if muted != self.muted or not known:
-            self.muted = muted
-            self._attention.ignore()
-            for listener, source in self._heard:
-                self._mute(listener, source)
+    def mute(self, muted: bool, by: str = "") -> Mapping[str, Any]:
+        """Close all microphones and hear nothing of the other sources, or the reverse. Who asked to be heard is not.
+
+        What is asked for `by` another program adds to what was chosen, is undone by that program, and is not kept; to
+        choose not to be muted undoes it too.
+        """
+        before = self.muted, self._mute_chosen, self.trouble
+        if not by:
+            self._mute_chosen, self.trouble = muted, ""
+        if by and muted:
+            self._muted_by.add(by)
+        elif by:
+            self._muted_by.discard(by)
+        elif not muted:
+            self._muted_by.clear()
+        if before != (self.muted, self._mute_chosen, self.trouble):
+            if before[0] != self.muted or before[2]:
+                self._attention.ignore()
+                for listener, source in self._heard:
+                    self._mute(listener, source)
             self._tell()
-        return {"mute": muted}
+        return {"mute": self.muted}
 
     def use(self, preset: str) -> Mapping[str, Any]:
         """Change the preset. Raises UnknownPresetError."""

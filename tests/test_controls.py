@@ -284,3 +284,16 @@ async def test_nobody_waits_while_it_is_written_and_what_holds_at_last_is_kept(
     assert [(await task)["mute"] for task in asked] == [True, False, True]
     assert written[-1]
     assert make().muted
+
+
+async def test_a_mute_for_a_moment_adds_to_the_chosen_one_and_outlives_no_restart(tmp_path: Path) -> None:
+    controls = Controls(SegmentConfig(), Attention(ALWAYS, None), tmp_path, lambda: None)
+    assert await controls.obey("mute", {"mute": True}) == {"mute": True}
+    assert await controls.obey("mute", {"mute": True, "by": "hermes"}) == {"mute": True}
+    assert await controls.obey("mute", {"mute": False, "by": "hermes"}) == {"mute": True}, "it was muted by hand"
+    assert await controls.obey("mute", {"mute": False}) == {"mute": False}
+    assert await controls.obey("mute", {"mute": True, "by": "hermes"}) == {"mute": True}
+    again = Controls(SegmentConfig(), Attention(ALWAYS, None), tmp_path, lambda: None)
+    assert not again.muted, "a power cut while the house speaks must not mute for good"
+    assert await controls.obey("mute", {"mute": False}) == {"mute": False}, "who says so is heard at once"
+    assert await controls.obey("mute", {"mute": False, "by": "hermes"}) == {"mute": False}
