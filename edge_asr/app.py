@@ -403,6 +403,7 @@ class Daemon:
                 **self._responses.percentiles(),
             },
             "outbox": self._outbox.stats().to_json(),
+            "broker": None if self._publisher is None else self._publisher.describe(),
             "version": __version__,
         }
 

@@ -129,6 +129,10 @@ class MqttPublisher:
         """What the broker refuses, in words; empty: nothing. From any thread."""
         return self._trouble
 
+    def describe(self) -> dict[str, Any]:
+        """Return what `state` says of the broker, from any thread: what went wrong is told once it is over."""
+        return {"reconnects": max(0, self._greetings - 1), "last_failure": self._last_failure}
+
     def start(self) -> None:
         """Start the thread; it connects by itself, as often as needed."""
         self._thread.start()
