@@ -1,0 +1,102 @@
+"""What systemd is told: that we are ready, how it goes, that we are alive. Without systemd it is told nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import socket
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from typing import Any
+
+ANSWERS_WITHIN_S = 15.0
+"""An inference thread that has not answered for so long is stuck."""
+
+
+class Notifier:
+    """Sends the notifications of sd_notify(3). Never blocks and never raises; for any thread."""
+
+    def __init__(self, environ: Mapping[str, str] = os.environ) -> None:
+        """Take the socket, and how often to say that we are alive, from systemd's variables."""
+        address = environ.get("NOTIFY_SOCKET", "")
+        self._address = "\0" + address[1:] if address.startswith("@") else address
+        self._status = ""
+        self.watchdog_s = _watchdog_s(environ)
+        """Seconds between two signs of life: half of what systemd waits; inf where it does not wait for any."""
+
+    def ready(self) -> None:
+        """Say that we can answer: after the start, and after a reload."""
+        self._send("READY=1")
+
+    def stopping(self) -> None:
+        """Say that the stop has begun."""
+        self._send("STOPPING=1")
+
+    def reloading(self) -> None:
+        """Say that the configuration or the model is being read anew; `ready` ends that."""
+        self._send(f"RELOADING=1\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
+
+    def status(self, text: str) -> None:
+        """Show one line in `systemctl status`; the same one again is not sent."""
+        line = " ".join(text.split())
+        if line != self._status:
+            self._status = line
+            self._send(f"STATUS={line}")
+
+    def alive(self) -> None:
+        """Give a sign of life."""
+        self._send("WATCHDOG=1")
+
+    def _send(self, message: str) -> None:
+        if not self._address:
+            return
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as unix:
+                unix.setblocking(False)
+                unix.sendto(message.encode(), self._address)
+        except (OSError, ValueError):
+            pass  # nobody listens, or not fast enough: that must not hinder the work
+
+
+class Answering:
+    """Tells whether the inference thread answers: an idle one does, a busy one is asked a short question meanwhile."""
+
+    def __init__(
+        self,
+        idle: Callable[[], bool],
+        ask: Callable[[], Future[Any]],
+        within_s: float = ANSWERS_WITHIN_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`ask` submits what is to be answered before all that waits; it is called only while `idle` is false."""
+        self._idle, self._ask, self._within_s, self._clock = idle, ask, within_s, clock
+        self._answered_at = clock()
+        self._question: Future[Any] | None = None
+
+    def __call__(self) -> bool:
+        """Return whether it has answered in time. To be called a few times within that time."""
+        asked = self._question
+        if self._idle() or (asked is not None and asked.done()):
+            self._answered_at, self._question = self._clock(), None
+        elif asked is None:
+            self._question = self._ask()
+        return self._clock() - self._answered_at <= self._within_s
+
+
+async def feed_watchdog(notifier: Notifier, alive: Callable[[], bool]) -> None:
+    """Give signs of life while `alive()` says so, until cancelled; a loop that stands still starves it."""
+    if notifier.watchdog_s == math.inf:
+        return
+    while True:
+        if alive():
+            notifier.alive()
+        await asyncio.sleep(min(notifier.watchdog_s, ANSWERS_WITHIN_S / 3))
+
+
+def _watchdog_s(environ: Mapping[str, str]) -> float:
+    wanted, pid = environ.get("WATCHDOG_USEC", ""), environ.get("WATCHDOG_PID", "")
+    if not wanted.isdecimal() or not int(wanted) or (pid and pid != str(os.getpid())):
+        return math.inf
+    return int(wanted) / 2e6
