@@ -47,7 +47,7 @@ WAKE_PHRASES = ("小度小度", "小爱同学")
 MUSIC, BABBLE, FOREIGN, MANDARIN, COMMANDS = "music", "babble", "foreign", "mandarin", "commands"
 SHARES = {MUSIC: 1.0, BABBLE: 0.5, FOREIGN: 0.5, MANDARIN: 1.0}
 """Of `--minutes`."""
-CONFIDENCES = (0.0, 0.5, 0.6, 0.65, 0.7, 0.75, 0.78, 0.8, 0.82, 0.84, 0.86, 0.88)
+CONFIDENCES = (0.0, 0.5, 0.6, 0.65, 0.7, 0.75, 0.78, 0.8, 0.82, 0.84, 0.855, 0.86, 0.88)
 """Values of `min_confidence` in the table of what they drop."""
 
 SHORT = 4

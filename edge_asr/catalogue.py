@@ -94,8 +94,8 @@ BUNDLED = Entry(
     published="paraformer-tiny",
     licences=(_APACHE,),
     files=(
-        ModelFile("model.onnx", 14_595_910, "ca4af0a80b466d0ea8adb57a1f66b7e0a48f6eca24a8d0f690a2cc054a523cc7"),
-        ModelFile("model_quant.onnx", 4_559_721, "e16aaedc12e6e42292e6cca01bec43fec2571285dc765797e586d31d126bb87c"),
+        ModelFile("model.onnx", 14_595_910, "5d29cbd7acf9a79a4e96fd244c6638ce61a43e2a963754b8357f64f912546e6a"),
+        ModelFile("model_quant.onnx", 4_559_708, "ec7b6bcf690eb169f0c1a433cc9cb1ac1c2f027a08df6f8dc417e25f857f9a8b"),
         ModelFile("am.mvn", 22_183, "858d0694bbbe48d14345d745eb70f9db5ec7b23004b44a97ebea68a4059da345"),
         ModelFile("tokens.json", 771, "808dfc85f1ce038b64df17f69c5eec09890f3409c9e3db9207d07bf89b6343df"),
         *(ModelFile(f"samples/{number:02}.wav") for number in range(1, 9)),

@@ -13,8 +13,11 @@ from bundled import BUNDLE, recipe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench.false_sentences import FOREIGN
+
 phrases: Any = recipe("phrases")
 evaluate: Any = recipe("evaluate")
+foreign: Any = recipe("foreign")
 
 PROPERTY = settings(deadline=None, derandomize=True)
 ACTIONS = ["打开", "关闭", "关掉", "启动", "停止", "急停"]
@@ -247,3 +250,18 @@ def test_distance_is_a_metric(a: str, b: str, c: str) -> None:
 def test_the_error_rate_is_edits_over_reference_characters_in_per_cent() -> None:
     assert evaluate.character_error_rate([("打开客厅灯", "打开客厅门"), ("急停", "急停"), ("一二三", "")]) == 40.0
     assert evaluate.character_error_rate([]) == 0.0
+
+
+def test_the_model_is_tested_in_languages_that_it_was_not_taught_to_refuse() -> None:
+    taught = {language for script in foreign.SCRIPTS for language in script.languages}
+    assert not taught & {language.partition("-")[0] for language in FOREIGN}
+    assert "cmn" not in taught
+
+
+@pytest.mark.parametrize("script", foreign.SCRIPTS, ids=lambda script: script.languages[0])
+def test_made_up_speech_is_one_word_to_eight_of_a_languages_own_letters(script: Any) -> None:
+    rng = random.Random(1)
+    drawn = [foreign._words(rng, script) for _ in range(500)]
+    assert {len(words) for words in drawn} == {1, 2, 3, 4, 5, 6, 8}
+    letters = set("".join((*script.onsets, *script.vowels, *script.codas))) | set("0123456789,?")
+    assert set("".join(itertools.chain.from_iterable(drawn))) <= letters

@@ -29,7 +29,7 @@ class Shard:
 
 
 def write_shard(path: Path, index: int, voices: Voices, narrow: bool) -> None:
-    """Synthesise shard `index` (seeded by it) and write it whole or not at all."""
+    """Synthesise shard `index` (seeded by it) of sentences."""
     rng = random.Random(f"shard {index}")
     noise = np.random.default_rng(index)
     ids = {token: number for number, token in enumerate(TOKENS)}
@@ -39,6 +39,11 @@ def write_shard(path: Path, index: int, voices: Voices, narrow: bool) -> None:
         for samples in _utterances(spoken, rng, noise, voices, narrow):
             frames.append(filterbank(samples).astype(np.float16))
             tokens.append(np.array([ids[c] for c in spoken.text], np.int16))
+    write_arrays(path, frames, tokens)
+
+
+def write_arrays(path: Path, frames: list[npt.NDArray[np.float16]], tokens: list[npt.NDArray[np.int16]]) -> None:
+    """Write a shard whole or not at all."""
     temporary = path.with_suffix(".tmp.npz")
     np.savez(
         temporary,

@@ -5,26 +5,33 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import onnx
 import torch
 import yaml
+from dataset import read_shard
 from funasr.models.paraformer.export_meta import export_rebuild_model
 from funasr.models.paraformer.model import Paraformer
 from model import configuration
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from phrases import TOKENS
+from train import collate, rows
 
 AUTHOR = "edge_asr"
+REFUSAL_SHARE = 0.7
+"""Of the second stage in the weights; with all of it, people's voices are refused as well."""
 MODEL_LIMIT = 16_000_000
 """Bytes of the fp32 graph at most."""
 
 
-def export(checkpoint: Path, bundle: Path) -> None:
-    """Write `model.onnx`, `model_quant.onnx`, `am.mvn`, `tokens.json`, `tokens.txt` and `config.yaml` to `bundle`."""
+def export(commands: Path, refused: Path, bundle: Path) -> None:
+    """Blend the checkpoints of both stages; write the graphs, `am.mvn`, the tokens and `config.yaml` to `bundle`."""
     bundle.mkdir(parents=True, exist_ok=True)
-    state = torch.load(checkpoint)
+    state = torch.load(commands)
+    average = _blended(state["average"], torch.load(refused)["average"])
     shift, scale = (-state["mean"]).repeat(7).tolist(), (1 / state["deviation"]).repeat(7).tolist()
-    _export_graph(_network(state["average"]), bundle / "model.onnx")
+    example = _example(commands.parent / "shards" / "0000.npz", state["mean"], state["deviation"])
+    _export_graph(_network(average), example, bundle / "model.onnx")
     _add_metadata(bundle / "model.onnx", shift, scale)
     _quantize(bundle / "model.onnx", bundle / "model_quant.onnx")
     _write_cmvn(bundle / "am.mvn", shift, scale)
@@ -36,6 +43,10 @@ def export(checkpoint: Path, bundle: Path) -> None:
         raise RuntimeError(f"model.onnx has {size} bytes, more than {MODEL_LIMIT}; make the network smaller")
 
 
+def _blended(commands: dict[str, torch.Tensor], refused: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key: torch.lerp(commands[key].float(), value.float(), REFUSAL_SHARE) for key, value in refused.items()}
+
+
 def _network(average: dict[str, torch.Tensor]) -> Paraformer:
     """The trained network without its CTC branch."""
     prefix = "module.paraformer."
@@ -45,12 +56,19 @@ def _network(average: dict[str, torch.Tensor]) -> Paraformer:
     return network.eval()
 
 
-def _export_graph(network: Paraformer, path: Path) -> None:
+def _example(shard: Path, mean: torch.Tensor, deviation: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two sentences to trace the graph with: in the exporter's noise the network hears no token, and the trace ends."""
+    frames, lengths, *_ = collate([(read_shard(shard), index) for index in (0, 1)], np.random.default_rng(0))
+    features, row_lengths = rows((frames - mean) / deviation, lengths)
+    return features, row_lengths.to(torch.int32)
+
+
+def _export_graph(network: Paraformer, example: tuple[torch.Tensor, torch.Tensor], path: Path) -> None:
     parts = {part: configuration()[part] for part in ("encoder", "predictor", "decoder")}
     rebuilt = export_rebuild_model(network, type="onnx", device="cpu", max_seq_len=512, **parts)
     torch.onnx.export(
         rebuilt,
-        rebuilt.export_dummy_inputs(),
+        example,
         str(path),
         opset_version=14,
         do_constant_folding=True,

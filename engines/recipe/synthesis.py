@@ -43,11 +43,18 @@ class Voices:
         self.published = [name for name in names if not name.startswith("random") and name not in EVALUATION_VOICES]
         self.random = [name for name in names if name.startswith("random")]
 
-    def speak(self, reading: Sequence[str], voice: str, words_per_minute: int = 175, pitch: int = 50) -> Samples:
+    def speak(
+        self,
+        reading: Sequence[str],
+        voice: str,
+        words_per_minute: int = 175,
+        pitch: int = 50,
+        language: str = "cmn-latn-pinyin",
+    ) -> Samples:
         """Return 22,050 Hz mono float32 for words of tone-numbered pinyin; a word `_200` is a pause of 200 ms."""
         parts = [f'<break time="{word[1:]}ms"/>' if word.startswith("_") else word for word in reading]
         command = [
-            "espeak-ng", f"--path={self._folder}", "-v", f"cmn-latn-pinyin+{voice}", "-s", str(words_per_minute),
+            "espeak-ng", f"--path={self._folder}", "-v", f"{language}+{voice}", "-s", str(words_per_minute),
             "-p", str(pitch), "-m", "--stdout", f"<speak>{' '.join(parts)}</speak>",
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, check=True)

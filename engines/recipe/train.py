@@ -18,26 +18,55 @@ from tqdm import tqdm
 
 BATCH_ROWS = 2400
 """Rows (60 ms) in a batch, padding included."""
-PEAK_RATE = 2e-3
-WARM_UP = 400
 EMPTY_SHARE = 0.03
 """Share of utterances replaced by noise alone, whose text is empty."""
+MOST_ENDS = 8
+"""Where the text is empty, the decoder is asked up to so many times, and `</s>` is the answer each time."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the training that ends in a checkpoint of its own."""
+
+    checkpoint: str
+    begins_with: str | None
+    """The checkpoint whose averaged weights it starts from; None: random weights."""
+    folders: tuple[str, ...]
+    """Of shards."""
+    most_shards: int | None
+    """Of each folder."""
+    peak_rate: float
+    warm_up: int
+    """Steps until the peak rate."""
+    first_strength: float
+    """Of the augmentation at step 0; it is 1 after 3,000 steps at most."""
+    decay: float
+    """Of the moving average of the weights, a step."""
+
+
+COMMANDS = Stage("checkpoint.pt", None, ("shards",), None, 2e-3, 400, 0.3, 0.998)
+REFUSAL = Stage("refused.pt", "checkpoint.pt", ("shards", "foreign"), 24, 6e-4, 50, 1.0, 0.99)
+"""The commands again, and among them speech that is none."""
 
 
 @dataclass
 class Corpus:
     """All shards in memory; `grow` picks up those that appeared since."""
 
-    folder: Path
+    folders: list[Path]
+    most_shards: int | None = None
     shards: list[Shard] = field(default_factory=list)
     seen: set[Path] = field(default_factory=set)
 
     def grow(self) -> None:
         """Load the shards that are there and not loaded yet."""
-        for path in sorted(self.folder.glob("[0-9]*[0-9].npz")):
+        for path in (path for folder in self.folders for path in self._found(folder)):
             if path not in self.seen:
                 self.seen.add(path)
                 self.shards.append(read_shard(path))
+
+    def _found(self, folder: Path) -> list[Path]:
+        return sorted(folder.glob("[0-9]*[0-9].npz"))[: self.most_shards]
 
     def mean_and_deviation(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Per-bin statistics `[80]` of the first shards: the global CMVN."""
@@ -66,23 +95,28 @@ class Corpus:
 
 def collate(
     batch: list[tuple[Shard, int]], rng: np.random.Generator
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Padded log-mel `[B, F, 80]` with lengths, targets `[B, N]` ended by `</s>` and padded with -1, with lengths."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Padded log-mel `[B, F, 80]` with lengths, targets `[B, N]` ended by `</s>` and padded with -1, with lengths.
+
+    The last is the length of each text.
+    """
     spans = [(shard.bounds[i], shard.bounds[i + 1]) for shard, i in batch]
     texts = [shard.tokens[shard.token_bounds[i] : shard.token_bounds[i + 1]] for shard, i in batch]
     lengths = torch.tensor([int(stop - start) for start, stop in spans])
     frames = torch.full((len(batch), int(lengths.max()), 80), -10.0)
-    targets = torch.full((len(batch), max(map(len, texts)) + 1), -1)
+    targets = torch.full((len(batch), max(MOST_ENDS, *map(len, texts)) + 1), -1)
     target_lengths = torch.zeros(len(batch), dtype=torch.long)
+    text_lengths = torch.zeros(len(batch), dtype=torch.long)
     for row, ((shard, _), (start, stop), text) in enumerate(zip(batch, spans, texts, strict=True)):
         frames[row, : stop - start] = torch.from_numpy(shard.frames[start:stop].astype(np.float32))
         if rng.random() < EMPTY_SHARE:
             frames[row] = -15.9  # augmentation lays its noise over this silence
             text = text[:0]
         targets[row, : len(text)] = torch.from_numpy(text.astype(np.int64))
-        targets[row, len(text)] = EOS
-        target_lengths[row] = len(text) + 1
-    return frames, lengths, targets[:, : int(target_lengths.max())], target_lengths
+        ends = 1 if len(text) else int(rng.integers(1, MOST_ENDS + 1))
+        targets[row, len(text) : len(text) + ends] = EOS
+        text_lengths[row], target_lengths[row] = len(text), len(text) + ends
+    return frames, lengths, targets[:, : int(target_lengths.max())], target_lengths, text_lengths
 
 
 def rows(frames: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -94,27 +128,32 @@ def rows(frames: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, tor
     return stacked.reshape(len(frames), size, 560), -(-lengths // 6)
 
 
-def train(work: Path, steps: int, seed: int = 0, threads: int = 1) -> None:
-    """Train to `steps`, resuming from `work/checkpoint.pt`; the averaged weights are in there under `average`."""
+def train(work: Path, steps: int, stage: Stage = COMMANDS, seed: int = 0, threads: int = 1) -> None:
+    """Train to `steps`, resuming from the stage's checkpoint; the averaged weights are in there under `average`."""
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
-    corpus = Corpus(work / "shards")
+    corpus = Corpus([work / folder for folder in stage.folders], stage.most_shards)
     corpus.grow()
     pool = noise_pool(np.random.default_rng(seed), corpus.shards[0])
     trainee = Trainee()
     average = torch.optim.swa_utils.AveragedModel(
-        trainee, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
+        trainee, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(stage.decay)
     )
-    optimizer = torch.optim.AdamW(trainee.parameters(), PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(trainee.parameters(), stage.peak_rate, betas=(0.9, 0.98), weight_decay=0.01)
     step = epoch = 0
     mean, deviation = corpus.mean_and_deviation()
-    checkpoint = work / "checkpoint.pt"
+    checkpoint = work / stage.checkpoint
     if checkpoint.exists():
         state = torch.load(checkpoint)
         trainee.load_state_dict(state["trainee"])
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
         step, epoch, mean, deviation = state["step"], state["epoch"], state["mean"], state["deviation"]
+    elif stage.begins_with is not None:
+        state = torch.load(work / stage.begins_with)
+        average.load_state_dict(state["average"])
+        trainee.load_state_dict(average.module.state_dict())
+        mean, deviation = state["mean"], state["deviation"]
 
     def save() -> None:
         temporary = checkpoint.with_suffix(".tmp")
@@ -135,12 +174,12 @@ def train(work: Path, steps: int, seed: int = 0, threads: int = 1) -> None:
         rng = np.random.default_rng((seed, epoch))
         for batch in corpus.batches(rng):
             for group in optimizer.param_groups:
-                group["lr"] = PEAK_RATE * schedule(step, steps)
-            frames, lengths, targets, target_lengths = collate(batch, rng)
-            strength = min(1.0, 0.3 + step / 3000)
+                group["lr"] = stage.peak_rate * schedule(step, steps, stage.warm_up)
+            frames, lengths, targets, target_lengths, text_lengths = collate(batch, rng)
+            strength = min(1.0, stage.first_strength + step / 3000)
             frames, lengths = augment(frames, lengths, pool, mean, strength)
             features, row_lengths = rows((frames - mean) / deviation, lengths)
-            loss, parts = trainee(features, row_lengths, targets, target_lengths)
+            loss, parts = trainee(features, row_lengths, targets, target_lengths, text_lengths)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(trainee.parameters(), 2.0)
@@ -149,7 +188,7 @@ def train(work: Path, steps: int, seed: int = 0, threads: int = 1) -> None:
             step += 1
             bar.update()
             if step % 25 == 0:
-                entry = {"step": step, "epoch": epoch, "shards": len(corpus.shards), **parts}
+                entry = {"stage": stage.checkpoint, "step": step, "epoch": epoch, "shards": len(corpus.shards), **parts}
                 entry["seconds"] = round(time.monotonic() - started, 1)
                 print(json.dumps(entry), file=log, flush=True)
                 bar.set_postfix({part: f"{value:.2f}" for part, value in parts.items()})
@@ -162,8 +201,8 @@ def train(work: Path, steps: int, seed: int = 0, threads: int = 1) -> None:
     save()
 
 
-def schedule(step: int, steps: int) -> float:
+def schedule(step: int, steps: int, warm_up: int) -> float:
     """Linear warm-up, then half a cosine to a hundredth."""
-    if step < WARM_UP:
-        return (step + 1) / WARM_UP
-    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - WARM_UP) / max(1, steps - WARM_UP)))
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
