@@ -48,7 +48,8 @@ WIRE_KEYS = {
     *("enforced", "model", "engine", "replayed", "age_s"),
 }
 STATE_KEYS = {
-    *("state", "why", "engine", "model", "sources", "mute", "preset", "listen", "budget", "outbox", "broker", "version"),
+    *("state", "why", "engine", "model", "sources", "mute", "preset", "listen", "budget"),
+    *("outbox", "broker", "version"),
 }
 
 
