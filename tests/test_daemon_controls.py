@@ -501,7 +501,7 @@ def test_a_state_that_was_looked_at_before_is_not_published_after_a_newer_one(
         assert go_on.wait(PATIENCE_S)
         return {}
 
-    sink = SimpleNamespace(set_state=lambda state: published.append(state["mute"]))
+    sink = SimpleNamespace(set_state=lambda state: published.append(state["mute"]), trouble="", describe=dict)
     monkeypatch.setattr(daemon, "_publisher", sink)
     monkeypatch.setattr(daemon._responses, "percentiles", slow)
     publisher = threading.Thread(target=daemon._publish_state)
