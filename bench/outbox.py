@@ -36,7 +36,7 @@ from edge_asr.publish.outbox import DiskOutbox
 from edge_asr.publish.payload import to_payload
 from edge_asr.types import Transcript
 
-WAYS = ("plain", "slow disk", "frozen broker", "no broker")
+WAYS = ("plain", "slow disk", "frozen broker", "no broker", "slow disk and no broker")
 SLOW_MS = 200
 """What each fsync takes on the slow disk."""
 WARM_UP = 8
@@ -140,7 +140,7 @@ def respond(way: str, folder: Path, count: int, rate: float) -> dict[str, Any]:
 @contextlib.contextmanager
 def surroundings(way: str) -> Iterator[tuple[Mosquitto | None, int]]:
     """Yield the broker, where there is one, and its port."""
-    if way == "no broker":
+    if way.endswith("no broker"):
         yield None, free_port()
         return
     with tempfile.TemporaryDirectory() as name:
@@ -225,7 +225,7 @@ def in_turns(count: int, rate: float, rounds: int) -> dict[str, Any]:
 def take_turn(way: str, count: int, rate: float) -> dict[str, Any]:
     """Measure one way on a disk that notes its fsyncs, and is slow where that is the way."""
     with tempfile.TemporaryDirectory() as tools, tempfile.TemporaryDirectory() as folder:
-        disk = make_slow_disk(Path(tools), Path(folder), SLOW_MS if way == "slow disk" else 0)
+        disk = make_slow_disk(Path(tools), Path(folder), SLOW_MS if way.startswith("slow disk") else 0)
         options = ["--way", way, "--folder", folder, "--count", str(count), "--rate", str(rate)]
         turn = run(options, disk.environment)
         turn["syncs"] = [sync.at for sync in disk.syncs() if turn["started_at"] <= sync.at < turn["ended_at"]]
@@ -272,7 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=10_000, help="transcripts to drain (default: 10000)")
     parser.add_argument("--count", type=int, default=240, help="transcripts of each way (default: 240)")
     parser.add_argument("--rate", type=float, default=4.0, help="of them in a second (default: 4)")
-    parser.add_argument("--rounds", type=int, default=4, help="turns of each way (default: 4)")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each way (default: 5)")
     parser.add_argument("--megabytes", type=float, default=20.0, help="size of the outbox to recover (default: 20)")
     parser.add_argument("--only", choices=("drain", "response", "recovery"))
     for internal in ("--way", "--fill", "--folder", "--drain", "--recover"):

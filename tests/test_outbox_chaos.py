@@ -161,6 +161,7 @@ def check_listener(kept: list[Kept], listener: Listener) -> None:
     said = [message["id"] for message in listener.said]
     assert len(said) == len(set(said))
     assert set(said) <= {row.id for row in kept}
+    assert not any(message["replayed"] for message in listener.said)
     assert listener.retained == []
 
 

@@ -93,6 +93,23 @@ def test_while_the_broker_is_away_everything_is_synced_at_once(tmp_path: Path, s
     outbox.close()
 
 
+def test_after_a_long_outage_the_next_sync_is_no_later_than_usual(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outbox_sync, "EVERY_S", 2.0)
+    outbox = DiskOutbox(OutboxConfig(), tmp_path / "outbox.sqlite3")
+    outbox.tend(online=False)
+    for seq in range(1, 61):
+        outbox.add([("id", "{}")])
+        wait_until_synced(outbox, seq)
+
+    outbox.tend(online=True)
+    outbox.add([("id", "{}")])
+
+    wait_until_synced(outbox, 61)  # not after two minutes, a turn for each of those
+    outbox.close()
+
+
 def test_a_sync_that_is_asked_for_does_not_wait_for_its_turn(tmp_path: Path, syncs: list[int]) -> None:
     outbox = DiskOutbox(OutboxConfig(), tmp_path / "outbox.sqlite3")
     outbox.tend(online=True)

@@ -201,7 +201,9 @@ class OutboxSync:
         with self._bell:
             self._synced_commits = commits
             self.synced_to = seq
-            self._next_at = max(self._next_at, started) + syncs * EVERY_S
+            # What was synced at once while the broker was away is no debt: it would delay all that comes after it.
+            earliest = max(self._next_at, started) if self._online else started
+            self._next_at = earliest + syncs * EVERY_S
         metrics.OUTBOX_SYNC.observe(time.monotonic() - started)
 
     def _defer(self, error: Exception) -> None:
