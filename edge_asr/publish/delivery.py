@@ -94,7 +94,8 @@ class Delivery:
     def content(self, row: Row, **extra: str) -> dict[str, Any]:
         """Return the JSON object of a transcript as of now."""
         age_s = self.outbox.now() - row.recorded_at
-        content = {**extra, **delivered(row.payload, seq=row.seq, replayed=not self._is_fresh(row), age_s=age_s)}
+        replayed = not extra and not self._is_fresh(row)  # `said` never is, though a replay may have come to its row
+        content = {**extra, **delivered(row.payload, seq=row.seq, replayed=replayed, age_s=age_s)}
         if (recorded_ms := self._recorded_ms.get(row.id)) is not None:
             content["latency_ms"]["outbox"] = round(recorded_ms, 2)
         return content
