@@ -32,13 +32,15 @@ from edge_asr.publish.home_assistant import HomeAssistant
 from edge_asr.publish.mqtt import MqttPublisher
 from edge_asr.publish.outbox import DiskOutbox, MemoryOutbox, Outbox
 from edge_asr.recognizer.bundle import Bundle, read_bundle
-from edge_asr.recognizer.scheduler import Scheduler
+from edge_asr.recognizer.paraformer import noise
+from edge_asr.recognizer.scheduler import SMALLEST, Priority, Scheduler
 from edge_asr.sources import WatchedSource, is_live
 from edge_asr.speech.segmenter import ENDPOINTS, Rules, Segmenter
 from edge_asr.speech.vad import SileroDetector, SteadyDetector
 from edge_asr.speech.wake_phrase import WakePhrase
+from edge_asr.systemd import Answering, Notifier, feed_watchdog
 from edge_asr.transcribe import transcribe
-from edge_asr.types import CHUNK_S, CHUNK_SAMPLES, SAMPLE_RATE, Transcript
+from edge_asr.types import CHUNK_S, CHUNK_SAMPLES, SAMPLE_RATE, Recognition, Transcript
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +112,7 @@ class Daemon:
     def __init__(self, config: Config) -> None:
         """Read the bundle. Raises BundleError and ConfigError."""
         self._config = config
+        self._notifier = Notifier()
         self._keeper = EngineKeeper(read_bundle(config.model), config.engine, config.state_dir, self._publish_state)
         self._budget = LatencyBudget(config.budget.response_ms)
         self._responses = RecentResponses()
@@ -165,12 +168,17 @@ class Daemon:
             self._start_publisher()
             if await self._start_engine():
                 self._start_listeners()
+                self._notifier.ready()
+            answering = Answering(lambda: self.scheduler.idle, self._ask)
+            watchdog = asyncio.create_task(feed_watchdog(self._notifier, answering), name="watchdog")
             heartbeat = asyncio.create_task(self._report(), name="state")
             try:
                 yield self
             finally:
                 heartbeat.cancel()
+                watchdog.cancel()
         finally:
+            self._notifier.stopping()
             await self._stop_listeners()
             await self._stop_engine()
             await self._stop_publisher()
@@ -379,11 +387,17 @@ class Daemon:
                 source.count()
             self._publish_state()
 
+    def _ask(self) -> Future[Recognition]:
+        """Ask the inference thread something short, next to what it is at: does it still answer?"""
+        return self.scheduler.submit(noise()[:SMALLEST], Priority.MICROPHONE, time.monotonic())
+
     def _publish_state(self) -> None:
         """Publish how things are now; from any thread, and the one that looked last publishes last."""
-        if self._publisher is not None:
-            with self._describing:
-                self._publisher.set_state(self._describe())
+        with self._describing:
+            state = self._describe()
+            self._notifier.status(": ".join(filter(None, (state["state"], state["why"]))))
+            if self._publisher is not None:
+                self._publisher.set_state(state)
 
     def _describe(self) -> dict[str, Any]:
         state, why = self._condition()
