@@ -67,6 +67,7 @@ class Delivery:
         self._one_at_a_time = False
         self._cuts: dict[str, int] = {}  # at most one: that of the transcript that was alone in flight
         self._flushes: list[_Flush] = []  # each answers a command, of which few are obeyed at a time
+        self._passed = 0  # bytes of the largest that the broker has taken
         self._failed: str | None = None  # the one whose publishing raised last
         self._recorded_ms: dict[str, float] = {}  # of the latest NOTED
 
@@ -143,6 +144,7 @@ class Delivery:
         row, sent_at = found
         metrics.ACKNOWLEDGEMENT.observe(time.monotonic() - sent_at)
         self._acknowledged.append(row)
+        self._passed = max(self._passed, _size(row))
         self.sent += 1
         self._one_at_a_time = False
         self._cuts.clear()
@@ -196,15 +198,15 @@ class Delivery:
     def _suspect(self, flying: list[tuple[Row, float]]) -> None:
         """Find out whether it is a transcript that the broker hangs up on: send one alone, and count."""
         row, sent_at = flying[-1]
-        if time.monotonic() - sent_at > CUT_S:
-            return
+        if time.monotonic() - sent_at > CUT_S or all(_size(row) <= self._passed for row, _ in flying):
+            return  # what is no larger than what has passed is not the reason
         self._one_at_a_time = True
         if len(flying) > 1:
             return
         self._cuts = {row.id: self._cuts.get(row.id, 0) + 1}
         if self._cuts[row.id] >= CUTS:
             self._cuts.clear()
-            self._set_aside(row, f"the broker hangs up on its {len(row.payload.encode())} bytes")
+            self._set_aside(row, f"the broker hangs up on its {_size(row)} bytes")
 
     def replay(self, arguments: Mapping[str, Any]) -> Future[Mapping[str, Any]]:
         """Publish everything that is kept from row `from_seq` on once more, in order; return what that is."""
@@ -266,3 +268,7 @@ class Delivery:
         if not self._more:
             return sys.maxsize
         return 0 if self._last is None else (self._last.seq or 0) + 1
+
+
+def _size(row: Row) -> int:
+    return len(row.payload.encode())
