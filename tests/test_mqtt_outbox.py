@@ -255,6 +255,20 @@ def test_what_another_language_says_to_nobody_is_not_said_later(broker: Mosquitt
             assert [message.payload for message in subscriber.on("news")] == ["new"]
 
 
+def test_who_asked_for_a_greeting_right_before_an_outage_keeps_nobody_busy(
+    broker: Mosquitto, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(notices, "GREET_WITHIN_S", 0.0)
+    with publishing(config(broker.port, reconnect_min_s=600, reconnect_max_s=600), dialects=[Parrot()]) as publisher:
+        connected(publisher)
+        broker.freeze()  # nothing is published any more
+        publisher._notices.receive("parrot/hear", b"again", False)
+        broker.kill()
+        disconnected(publisher)
+        wait_for(lambda: publisher.stats().last_failure, "the end of the connection")
+        assert publisher._notices.greet_at == float("inf")
+
+
 def test_an_outage_is_told_by_its_reason_afterwards(broker: Mosquitto) -> None:
     with publishing(config(broker.port)) as publisher:
         connected(publisher)

@@ -238,7 +238,7 @@ class Delivery:
 
     def _finish_flushes(self) -> None:
         for flush in list(self._flushes):
-            synced = self.outbox.synced_to >= flush.to_seq
+            synced = self.outbox.synced_to >= flush.to_seq and not self.outbox.stats().trouble
             if (synced and self._has_delivered(flush.to_seq)) or time.monotonic() > flush.by:
                 self._flushes.remove(flush)
                 flush.done.set_result({"pending": self.outbox.stats().pending, "synced": synced})

@@ -27,7 +27,7 @@ from edge_asr.publish.delivery import Delivery
 from edge_asr.publish.dialect import Dialect, Message
 from edge_asr.publish.live import Live
 from edge_asr.publish.notices import Notices
-from edge_asr.publish.outbox import Outbox
+from edge_asr.publish.outbox import CLOSE_S, Outbox
 from edge_asr.publish.partials import Partials
 from edge_asr.publish.payload import to_payload
 from edge_asr.publish.reasons import Refusal
@@ -201,7 +201,7 @@ class MqttPublisher:
             self._take()
             self._outbox.close()
         else:
-            self._thread.join(drain_s + 2 * GOODBYE_S)
+            self._thread.join(drain_s + 2 * GOODBYE_S + CLOSE_S)
         if not self._thread.is_alive():
             self._bell.close()
             self._ear.close()

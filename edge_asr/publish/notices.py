@@ -123,7 +123,9 @@ class Notices:
         return True
 
     def lose(self) -> None:
-        """Forget what a lost connection had in flight, and what it refused; it is not sent again: the state says it."""
+        """Forget what was for a connection that is over; it is not sent again: the state says it."""
+        self.greet_at = math.inf  # every connection greets
+        self._errands.clear()
         self._errands_in_flight.clear()
         self._topics.clear()
         self._refused.clear()

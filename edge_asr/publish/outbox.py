@@ -57,7 +57,7 @@ class DiskOutbox:
         self._last_seq = self._synced_to = 0
         self._online = False
         self._dropped = self._refused = 0
-        self._kept = 0  # pending in the file after the close
+        self._kept = 0  # pending in the file, while that is closed
         self._dropping = False
         self._trouble = self._sync_trouble = ""
         self._retry_at = self._ages_at = -math.inf
@@ -147,8 +147,8 @@ class DiskOutbox:
         self._look()
 
     def _count_pending(self) -> int:
-        in_file = self._kept if self._file is None else self._file.pending_count - len(self._owed)
-        return in_file + len(self._memory.rows)
+        in_file = self._kept if self._file is None else self._file.pending_count
+        return in_file - len(self._owed) + len(self._memory.rows)
 
     def _settle(self, rows: Iterable[Row], refused: str | None = None) -> None:
         seqs, in_memory = [], []
@@ -198,14 +198,14 @@ class DiskOutbox:
         self._trouble = self._trouble or "closed"
         self._retry_at = math.inf
         if file is not None:
+            self._kept = file.pending_count
             file.close()
             if not file.syncing.close(CLOSE_S):
                 log.warning("%s: the disk has not answered for %g s; the last second may be lost", self._path, CLOSE_S)
             self._synced_to = file.syncing.synced_to
-        if self._owner is not None:
+        if self._owner is not None and not (file is not None and file.syncing.alive):  # it has the file open
             self._owner.release()
             self._owner = None
-        self._kept = 0 if file is None else file.pending_count - len(self._owed)
         self._memory.close()
         self._look()
 
@@ -266,7 +266,7 @@ class DiskOutbox:
         self._say(in_words(error, self._path))
 
     def _leave(self, file: OutboxFile) -> None:
-        self._synced_to = file.syncing.synced_to
+        self._synced_to, self._kept = file.syncing.synced_to, file.pending_count
         file.close()
         file.syncing.close(0.0)
         self._file, self._left = None, file
@@ -305,7 +305,8 @@ class DiskOutbox:
         known = {identity: seq for identity, seq in above.items() if identity in ids}
         missed = reopened and any(row.id not in known for row in file.pending(self._offered_to, 1))
         new = [row for row in rows if row.id not in known]
-        known.update((row.id, row.seq or 0) for row in file.add((row.id, row.recorded_at, row.payload) for row in new))
+        self._settle_owed(file)  # first: what the broker has makes room
+        known.update((row.id, row.seq or 0) for row in self._add(file, new))
         self._last_seq = file.last_seq
         moved = {row.place: (known[row.id], row.id) for row in rows}
         self._moved = dict(list({**self._moved, **moved}.items())[-BOUNDS:])
@@ -316,6 +317,19 @@ class DiskOutbox:
             behind = [(place, seq) for place, (seq, _) in moved.items()]
             self._bounds = [*self._bounds, *behind, (places, file.last_seq)][-BOUNDS:]
         self._memory.acknowledge(rows)
+
+    def _add(self, file: OutboxFile, rows: Sequence[Row]) -> list[Row]:
+        """Add rows of the memory to the file, at the cost of the oldest that the broker has where it is full."""
+        offered = [(row.id, row.recorded_at, row.payload) for row in rows]
+        try:
+            return file.add(offered)
+        except sqlite3.Error as error:
+            if not is_full(error) or not file.prune_settled():
+                raise
+            return file.add(offered)
+
+    def _settle_owed(self, file: OutboxFile) -> None:
+        """Tell the file what was settled meanwhile."""
         owed, self._owed = self._owed, {}
         try:
             for why in set(owed.values()):

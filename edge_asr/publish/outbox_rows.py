@@ -118,7 +118,7 @@ class Outbox(Protocol):
 class MemoryOutbox:
     """Keeps the newest transcripts in memory; they are lost when the process ends, and cannot be replayed."""
 
-    synced_to = 0
+    synced_to = -1
 
     def __init__(self, clock: SteadyClock | None = None, limit: int = MEMORY_LIMIT) -> None:
         self.now = clock or SteadyClock()
