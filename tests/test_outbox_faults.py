@@ -159,6 +159,32 @@ def test_a_full_disk_gives_up_what_the_broker_has_first(make: Make, disk: Disk) 
     assert outbox.stats().dropped == 0
 
 
+def test_a_full_disk_takes_what_is_in_memory_once_the_broker_has_what_is_on_it(make: Make, disk: Disk) -> None:
+    outbox = make()
+    on_disk = add(outbox, *range(1, 50), size=2000)
+    disk.limit_pages(1)
+    rows = add(outbox, *range(50, 70), size=2000)
+    assert None in [row.seq for row in rows]
+
+    outbox.acknowledge([*on_disk, *(row for row in rows if row.seq is not None)])
+    tend_until_well(outbox)
+
+    left = outbox.pending(None, 100)
+    assert ids(left) == ids([row for row in rows if row.seq is None])
+    assert None not in [row.seq for row in left]
+    assert outbox.stats().dropped == 0
+
+
+def test_what_is_on_a_disk_that_fails_is_still_pending(make: Make, disk: Disk) -> None:
+    outbox = make()
+    add(outbox, *range(50))
+    disk.broken = "disk I/O error"
+    add(outbox, 50)
+    assert outbox.stats().pending == 51
+    outbox.close()
+    assert outbox.stats().pending == 50, "what was in memory only is given up"
+
+
 MESSAGES = ["disk I/O error", "database or disk is full", "attempt to write a readonly database"]
 STATEMENTS = ["BEGIN", "INSERT", "COMMIT", "UPDATE", "SELECT", "DELETE", "PRAGMA", ""]
 

@@ -333,7 +333,13 @@ class DiskOutbox:
         owed, self._owed = self._owed, {}
         try:
             for why in set(owed.values()):
-                file.settle([seq for seq in owed if owed[seq] == why], self.now(), why)
+                seqs = [seq for seq in owed if owed[seq] == why]
+                try:
+                    file.settle(seqs, self.now(), why)
+                except sqlite3.Error as error:
+                    if why is not None or not is_full(error):
+                        raise
+                    file.drop_pending(seqs)  # to mark them takes room; the broker has them
         except BaseException:  # whatever it is: it is still owed; a second time is harmless
             self._owed = owed
             raise

@@ -184,6 +184,13 @@ class OutboxFile:
         self.pending_count -= deleted
         return deleted
 
+    def drop_pending(self, seqs: Sequence[int]) -> None:
+        """Delete these rows, which are pending as far as the file knows."""
+        for start in range(0, len(seqs), PRUNED_AT_ONCE):
+            part = seqs[start : start + PRUNED_AT_ONCE]
+            marks = ",".join("?" * len(part))
+            self.pending_count -= self._delete(f"{_UNSETTLED} AND seq IN ({marks})", tuple(part))
+
     def _delete(self, query: str, values: tuple[float, ...]) -> int:
         seqs = self._connection.execute(query, values).fetchall()
         if seqs:
