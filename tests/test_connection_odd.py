@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import select
 import socket
 import struct
 import threading
@@ -12,11 +13,13 @@ from typing import Any
 import pytest
 from certificates import Certificates
 from connections import VERSIONS, Served
+from mosquitto import PATIENCE_S
 from odd_brokers import ACCEPTED, CONNECT, PUBLISH, SUBSCRIBE, OddBroker, Visitor, odd_broker, packet, text
 
 from edge_asr.config_mqtt import MqttConfig
 from edge_asr.publish import connection as connection_module
 from edge_asr.publish.client import Versions
+from edge_asr.publish.connection import Connection
 from edge_asr.publish.visit import visiting
 
 TOPIC = "edge_asr/hall/transcript"
@@ -204,6 +207,28 @@ def test_a_broker_that_does_not_know_the_version_is_recognised(answer: bytes, ve
     served = refused(answer, version)
     assert served.connection.unsupported
     assert "; set mqtt.protocol to auto, or to the version that it speaks" in str(served.connection.failure)
+
+
+def test_an_answer_that_comes_between_the_look_and_the_reading_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked = threading.Event()
+    look = Connection._peek
+
+    def slow_look(connection: Connection) -> bool:
+        found = look(connection)
+        if not looked.is_set() and (sock := connection._socket()) is not None:
+            looked.set()
+            assert select.select([sock], [], [], PATIENCE_S)[0], "the answer"
+        return found
+
+    def answer_late(visitor: Visitor) -> None:
+        visitor.read()
+        assert looked.wait(PATIENCE_S)
+        visitor.send(b"\x20\x02\x00\x01")
+
+    monkeypatch.setattr(Connection, "_peek", slow_look)
+    with odd_broker(answer_late) as broker, Served(config(broker), protocol="3.1.1") as served:
+        served.fail()
+        assert served.connection.unsupported
 
 
 def old(visitor: Visitor) -> None:

@@ -160,9 +160,8 @@ class Connection:
             if time.monotonic() > self._open_by:
                 self._fail(Problem("no answer in time", "see to mqtt.host, the name server and the network"))
             return
-        if self.up_since is None:
-            self._peek()
-        self._read()
+        if self.up_since is not None or self._peek():
+            self._read()
         self._send_held()
         for step in (self._live.loop_write, self._live.loop_misc):
             self._check(step())
@@ -279,14 +278,21 @@ class Connection:
     def _pending(sock: Any) -> bool:
         return hasattr(sock, "pending") and sock.pending() > 0
 
-    def _peek(self) -> None:
-        """Note what the other side says first: it may not be MQTT."""
+    def _peek(self) -> bool:
+        """Note what the other side says first, which may not be MQTT; return whether there is something to read.
+
+        What came between the look and the reading would be lost, so nothing is read that was not looked at.
+        """
         sock = self._socket()
         if type(sock) is socket.socket:
             try:
-                self._first_bytes = sock.recv(8, socket.MSG_PEEK | socket.MSG_DONTWAIT) or self._first_bytes
+                first = sock.recv(8, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return False
             except OSError:
-                return  # nothing yet, or the end, which the next reading tells
+                return True  # the reading tells what happened
+            self._first_bytes = self._first_bytes or first
+        return True
 
     def _read(self) -> None:
         for _ in range(PACKETS_AT_A_TIME):
