@@ -129,6 +129,9 @@ class Daemon:
         self._tasks: list[asyncio.Task[None]] = []
         self._published = self._late = 0
         self._stop = asyncio.Event()
+        self._reload_wanted = asyncio.Event()
+        self._reload_failure = ""
+        self._ending = False
         self.abandoned_inference = False
         """After the stop: an inference took longer than `drain_s`, or the model is still being loaded."""
         self._drain_by: float | None = None
@@ -164,6 +167,7 @@ class Daemon:
     async def running(self) -> AsyncIterator[Daemon]:
         """Start publisher, engine and listeners, in this order, and stop them in reverse."""
         self._loop = asyncio.get_running_loop()
+        reloading: asyncio.Task[None] | None = None
         try:
             self._start_publisher()
             if await self._start_engine():
@@ -172,15 +176,19 @@ class Daemon:
             answering = Answering(lambda: self.scheduler.idle, self._ask)
             watchdog = asyncio.create_task(feed_watchdog(self._notifier, answering), name="watchdog")
             heartbeat = asyncio.create_task(self._report(), name="state")
+            reloading = asyncio.create_task(self._reload_when_asked(), name="reload")
             try:
                 yield self
             finally:
                 heartbeat.cancel()
                 watchdog.cancel()
         finally:
+            self._ending = True
             self._notifier.stopping()
             await self._stop_listeners()
-            await self._stop_engine()
+            await self._stop_engine()  # which ends a reload, too
+            if reloading is not None:
+                reloading.cancel()
             await self._stop_publisher()
 
     @property
@@ -191,6 +199,10 @@ class Daemon:
     def stop(self) -> None:
         """Ask the daemon to end."""
         self._stop.set()
+
+    def reload_soon(self) -> None:
+        """Ask for the model to be reloaded once it is ready for that; who asks meanwhile is content with the same."""
+        self._reload_wanted.set()
 
     async def finished(self) -> None:
         """Return when asked to stop, or when all sources have ended and everything is published.
@@ -373,11 +385,32 @@ class Daemon:
     async def _reload(self) -> Mapping[str, Any]:
         """Change to the model as it lies in its folder now. Raises EdgeAsrError; then nothing has changed."""
         await self._keeper.reload()
+        self._reload_failure = ""
         bundle = self._keeper.bundle
         for listener in self._listeners:
             listener.follow(bundle.name, choose_gates(self._config.gates, bundle))
         self._publish_state()
         return {"model": bundle.name, "engine": self._keeper.engine}
+
+    async def _reload_when_asked(self) -> None:
+        """Reload the model for `reload_soon`, one time after another, and tell systemd and the state how it went."""
+        while True:
+            await self._reload_wanted.wait()
+            self._reload_wanted.clear()
+            if self._ending:
+                return
+            self._notifier.reloading()
+            try:
+                await self._reload()
+            except EdgeAsrError as error:  # the keeper has logged it
+                self._reload_failure = f"the last reload failed: {error}"
+                self._publish_state()
+            except Exception as error:  # a bug there must not end what serves well
+                log.exception("the model cannot be reloaded")
+                self._reload_failure = f"the last reload failed: {error!r}"
+                self._publish_state()
+            finally:
+                self._notifier.ready()
 
     async def _report(self) -> None:
         """Publish the state now and then: its counters move without anybody saying so."""
@@ -429,7 +462,7 @@ class Daemon:
         broker = "" if self._publisher is None else self._publisher.trouble
         others = (self._late_watch.why, broker, self._outbox.stats().trouble)
         troubles = "; ".join(filter(None, (self._controls.trouble, *sources, *others)))
-        return ("degraded", troubles) if troubles else ("ready", self._keeper.why)
+        return ("degraded", troubles) if troubles else ("ready", self._keeper.why or self._reload_failure)
 
 
 async def run_daemon(config: Config) -> None:
@@ -438,11 +471,35 @@ async def run_daemon(config: Config) -> None:
     loop = asyncio.get_running_loop()
     for number in STOP_SIGNALS:
         loop.add_signal_handler(number, _stop_on_signal, daemon, loop)
-    async with daemon.running():
-        await daemon.finished()
+    with _reloading_on_hangup(daemon, loop):
+        async with daemon.running():
+            await daemon.finished()
     if daemon.abandoned_inference:
         logging.shutdown()
         os._exit(0)  # onnxruntime aborts the process when the interpreter ends under a running inference
+
+
+@contextlib.contextmanager
+def _reloading_on_hangup(daemon: Daemon, loop: asyncio.AbstractEventLoop) -> Iterator[None]:
+    """Let SIGHUP reload the model, but not where it tells that the terminal is gone, or is ignored, as by nohup."""
+    if _has_terminal() or signal.getsignal(signal.SIGHUP) is not signal.SIG_DFL:
+        yield
+        return
+    loop.add_signal_handler(signal.SIGHUP, daemon.reload_soon)
+    try:
+        yield
+    finally:
+        loop.remove_signal_handler(signal.SIGHUP)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the end is near, and is to be a clean one
+
+
+def _has_terminal() -> bool:
+    """Tell whether a terminal controls this process: SIGHUP says then that it is gone."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
 
 
 def _stop_on_signal(daemon: Daemon, loop: asyncio.AbstractEventLoop) -> None:

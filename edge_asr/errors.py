@@ -44,4 +44,9 @@ class TooLargeError(EngineError):
 
 
 class BrokenEngineError(EngineError):
-    """An engine can compute nothing any more, as after an error of the GPU; it has to be loaded again."""
+    """An engine can compute nothing any more, as after an error of the GPU; it has to be loaded again.
+
+    Its exit code is that of a failure at run time: unlike other errors of engines, another start may help.
+    """
+
+    exit_code = 1

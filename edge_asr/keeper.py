@@ -81,19 +81,23 @@ class EngineKeeper:
         """
         if self._ladder is None:
             raise EngineError("the model is still being loaded; try again when the state is ready")
+        try:
+            await self._reload()
+        except (BundleError, EngineError) as error:
+            log.error("%s of %s goes on: %s", self.engine, self.bundle.name, error)
+            raise
+        log.info("model %s on %s answers from now on", self.bundle.name, self.engine)
+        self._tell()
+
+    async def _reload(self) -> None:
         if self._changing.locked():
             raise EngineError("another engine is being built or loaded already; try again when it is done")
         async with self._changing:
             try:
                 await self._change_model()
-            except (BundleError, EngineError) as error:
-                log.warning("%s of %s goes on: %s", self.engine, self.bundle.name, error)
-                raise
             finally:
                 if self._plan is not None:
                     self._seen = _stamp(self._plan)  # whatever was built there has had its chance
-        log.info("model %s on %s answers from now on", self.bundle.name, self.engine)
-        self._tell()
 
     async def _change_model(self) -> None:
         bundle = await asyncio.to_thread(read_bundle, self.bundle.folder)

@@ -23,16 +23,19 @@ class Notifier:
         address = environ.get("NOTIFY_SOCKET", "")
         self._address = "\0" + address[1:] if address.startswith("@") else address
         self._status = ""
+        self._stopping = False
         self.watchdog_s = _watchdog_s(environ)
         """Seconds between two signs of life: half of what systemd waits; inf where it does not wait for any."""
 
     def ready(self) -> None:
         """Say that we can answer: after the start, and after a reload."""
-        self._send("READY=1")
+        if not self._stopping:
+            self._send("READY=1")
 
     def stopping(self) -> None:
-        """Say that the stop has begun."""
-        self._send("STOPPING=1")
+        """Say that the stop has begun; from here on nothing is ready any more."""
+        self._stopping = True
+        self._send("STOPPING=1\nSTATUS=stopping")
 
     def reloading(self) -> None:
         """Say that the configuration or the model is being read anew; `ready` ends that."""
@@ -41,7 +44,7 @@ class Notifier:
     def status(self, text: str) -> None:
         """Show one line in `systemctl status`; the same one again is not sent."""
         line = " ".join(text.split())
-        if line != self._status:
+        if line != self._status and not self._stopping:
             self._status = line
             self._send(f"STATUS={line}")
 

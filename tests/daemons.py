@@ -55,10 +55,10 @@ class Daemon:
         wait_for(lambda: re.search(pattern, self.log) or self.process.poll() is not None, f"{pattern!r} in the log")
         assert re.search(pattern, self.log), self.log
 
-    def hears(self, text: str) -> None:
-        """Speak a sentence into its standard input, and return when it has been recognised."""
+    def hears(self, text: str, spoken: str | None = None) -> None:
+        """Speak a sentence into its standard input, and return when it has been recognised, as `text`."""
         before = self.log.count(text)
-        self.is_told(text)
+        self.is_told(spoken or text)
         wait_for(lambda: self.log.count(text) > before, f"{text} in the log")
 
     def is_told(self, text: str) -> None:

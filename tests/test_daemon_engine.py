@@ -186,7 +186,7 @@ def test_with_strict_a_gpu_that_breaks_ends_the_daemon_for_another_start(
         broken.touch()
         with contextlib.suppress(BrokenPipeError):  # it may end before the sentence does
             daemon.is_told(SENTENCES[0])
-        assert daemon.end() == 3
+        assert daemon.end() == 1
         [line] = daemon.complaints
         assert "launch failure" in line
         subscriber.wait_for(is_offline, "offline")

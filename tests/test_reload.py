@@ -121,7 +121,7 @@ async def test_a_broken_model_changes_nothing_and_the_next_one_is_taken(
                 await asyncio.wait_for(kept.reload(), PATIENCE_S)
         assert (await heard(kept)).text == TEXT
         assert (kept.bundle, kept.engine, kept.why) == (before, FP32, "")
-        told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+        told = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
         assert len(told) == 2
         assert all(line.startswith("onnx-fp32 of model goes on: ") and why in line for line in told)
         shutil.rmtree(model, ignore_errors=True)

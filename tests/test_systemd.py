@@ -34,10 +34,15 @@ def test_systemd_hears_each_notification(listening: tuple[socket.socket, str]) -
     notifier.alive()
     notifier.reloading()
     notifier.stopping()
+    notifier.ready()
+    notifier.status("ready")
     heard = [server.recv(4096).decode() for _ in range(5)]
     assert heard[:3] == ["STATUS=loading the model", "READY=1", "WATCHDOG=1"]
     assert re.fullmatch(r"RELOADING=1\nMONOTONIC_USEC=\d+", heard[3])
-    assert heard[4] == "STOPPING=1"
+    assert heard[4] == "STOPPING=1\nSTATUS=stopping"
+    server.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        server.recv(4096)
 
 
 @pytest.mark.parametrize("name", ["", "/nowhere/notify", "@nobody-listens-here", "x" * 300, "a\0b"])
