@@ -32,15 +32,14 @@ from edge_asr.publish.home_assistant import HomeAssistant
 from edge_asr.publish.mqtt import MqttPublisher
 from edge_asr.publish.outbox import DiskOutbox, MemoryOutbox, Outbox
 from edge_asr.recognizer.bundle import Bundle, read_bundle
-from edge_asr.recognizer.paraformer import noise
-from edge_asr.recognizer.scheduler import SMALLEST, Priority, Scheduler
+from edge_asr.recognizer.scheduler import Scheduler
 from edge_asr.sources import WatchedSource, is_live
 from edge_asr.speech.segmenter import ENDPOINTS, Rules, Segmenter
 from edge_asr.speech.vad import SileroDetector, SteadyDetector
 from edge_asr.speech.wake_phrase import WakePhrase
-from edge_asr.systemd import Answering, Notifier, feed_watchdog
+from edge_asr.systemd import Notifier, Progress, feed_watchdog
 from edge_asr.transcribe import transcribe
-from edge_asr.types import CHUNK_S, CHUNK_SAMPLES, SAMPLE_RATE, Recognition, Transcript
+from edge_asr.types import CHUNK_S, CHUNK_SAMPLES, SAMPLE_RATE, Transcript
 
 log = logging.getLogger(__name__)
 
@@ -173,8 +172,8 @@ class Daemon:
             if await self._start_engine():
                 self._start_listeners()
                 self._notifier.ready()
-            answering = Answering(lambda: self.scheduler.idle, self._ask)
-            watchdog = asyncio.create_task(feed_watchdog(self._notifier, answering), name="watchdog")
+            progress = Progress(lambda: self._keeper.step)
+            watchdog = asyncio.create_task(feed_watchdog(self._notifier, progress), name="watchdog")
             heartbeat = asyncio.create_task(self._report(), name="state")
             reloading = asyncio.create_task(self._reload_when_asked(), name="reload")
             try:
@@ -420,10 +419,6 @@ class Daemon:
                 source.count()
             self._publish_state()
 
-    def _ask(self) -> Future[Recognition]:
-        """Ask the inference thread something short, next to what it is at: does it still answer?"""
-        return self.scheduler.submit(noise()[:SMALLEST], Priority.MICROPHONE, time.monotonic())
-
     def _publish_state(self) -> None:
         """Publish how things are now; from any thread, and the one that looked last publishes last."""
         with self._describing:
@@ -462,7 +457,8 @@ class Daemon:
         broker = "" if self._publisher is None else self._publisher.trouble
         others = (self._late_watch.why, broker, self._outbox.stats().trouble)
         troubles = "; ".join(filter(None, (self._controls.trouble, *sources, *others)))
-        return ("degraded", troubles) if troubles else ("ready", self._keeper.why or self._reload_failure)
+        lesser = "; ".join(filter(None, (self._keeper.why, self._reload_failure)))
+        return ("degraded", troubles) if troubles else ("ready", lesser)
 
 
 async def run_daemon(config: Config) -> None:

@@ -17,6 +17,7 @@ from edge_asr.memory import ON_BOTH, available_bytes, lack, too_little
 from edge_asr.recognizer.bundle import CHECKPOINT, FP32, INT8, Bundle, read_bundle
 from edge_asr.recognizer.cuda import free_bytes
 from edge_asr.recognizer.manifest import FILE, TENSORRT, read_manifest
+from edge_asr.recognizer.runs import Step
 from edge_asr.recognizer.scheduler import Scheduler
 from edge_asr.recognizer.tensorrt_network import machine, unavailable
 
@@ -61,6 +62,11 @@ class EngineKeeper:
     def engine(self) -> str | None:
         """The engine that answers; None before it is loaded."""
         return None if self._ladder is None else self._ladder.engine
+
+    @property
+    def step(self) -> Step | None:
+        """What the inference thread is at; None while it waits, or loads an engine, however long that takes."""
+        return None if self._ladder is None or self._ladder.loading else self.scheduler.step
 
     @property
     def why(self) -> str:

@@ -80,6 +80,8 @@ class Ladder:
         """Why it is not the first rung that answers; empty where it is."""
         self._spare: LoadedEngine | None = None
         self._warned = False
+        self.loading = False
+        """True while an engine is loaded, and perhaps built, for what another one failed on: that may take minutes."""
         try:
             self._present, passed = _first_that_loads(rungs[:1] if strict or only_first else rungs)
         except EngineError as failure:
@@ -167,10 +169,13 @@ class Ladder:
         """Return the lowest rung. Raises as bad an error as the one that makes it necessary."""
         if self._spare is None:
             assert self._lower is not None
+            self.loading = True
             try:
                 self._spare = self._lower.load()
             except (BundleError, EngineError) as failure:
                 raise type(error)(f"{error}; and {self._lower.name} cannot be loaded: {failure}") from failure
+            finally:
+                self.loading = False
         return self._spare
 
     def _tell(self, left: str, error: Exception) -> None:

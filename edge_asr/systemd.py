@@ -8,11 +8,10 @@ import os
 import socket
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
-from typing import Any
+from typing import Protocol
 
-ANSWERS_WITHIN_S = 15.0
-"""An inference thread that has not answered for so long is stuck."""
+LOOK_EVERY_S = 5.0
+"""So often, at least, it is looked whether all goes on."""
 
 
 class Notifier:
@@ -63,29 +62,36 @@ class Notifier:
             pass  # nobody listens, or not fast enough: that must not hinder the work
 
 
-class Answering:
-    """Tells whether the inference thread answers: an idle one does, a busy one is asked a short question meanwhile."""
+class Step(Protocol):
+    """One thing that a thread is at."""
 
-    def __init__(
-        self,
-        idle: Callable[[], bool],
-        ask: Callable[[], Future[Any]],
-        within_s: float = ANSWERS_WITHIN_S,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        """`ask` submits what is to be answered before all that waits; it is called only while `idle` is false."""
-        self._idle, self._ask, self._within_s, self._clock = idle, ask, within_s, clock
-        self._answered_at = clock()
-        self._question: Future[Any] | None = None
+    @property
+    def number(self) -> int:
+        """Which one; the next has another number."""
+
+    @property
+    def may_last_s(self) -> float:
+        """Seconds after which it is stuck rather than slow."""
+
+
+class Progress:
+    """Tells whether a thread gets on, from what it is at whenever somebody looks; that gives it nothing to do."""
+
+    def __init__(self, step: Callable[[], Step | None], clock: Callable[[], float] = time.monotonic) -> None:
+        """`step` returns what it is at, None where it waits or may take as long as it likes."""
+        self._step, self._clock = step, clock
+        self._number: int | None = None
+        self._since = 0.0
 
     def __call__(self) -> bool:
-        """Return whether it has answered in time. To be called a few times within that time."""
-        asked = self._question
-        if self._idle() or (asked is not None and asked.done()):
-            self._answered_at, self._question = self._clock(), None
-        elif asked is None:
-            self._question = self._ask()
-        return self._clock() - self._answered_at <= self._within_s
+        """Return whether it is at a step no longer than that may last. To be called every few seconds."""
+        step = self._step()
+        if step is None:
+            self._number = None
+            return True
+        if step.number != self._number:
+            self._number, self._since = step.number, self._clock()
+        return self._clock() - self._since <= step.may_last_s
 
 
 async def feed_watchdog(notifier: Notifier, alive: Callable[[], bool]) -> None:
@@ -95,7 +101,7 @@ async def feed_watchdog(notifier: Notifier, alive: Callable[[], bool]) -> None:
     while True:
         if alive():
             notifier.alive()
-        await asyncio.sleep(min(notifier.watchdog_s, ANSWERS_WITHIN_S / 3))
+        await asyncio.sleep(min(notifier.watchdog_s, LOOK_EVERY_S))
 
 
 def _watchdog_s(environ: Mapping[str, str]) -> float:

@@ -173,6 +173,21 @@ def test_what_the_first_rung_fails_on_the_lowest_decodes_again(
     assert [rungs.engines[name].closed for name in rungs.names] == [1, 0, 1]
 
 
+def test_while_a_lesser_engine_is_loaded_for_what_one_failed_on_the_ladder_says_so(rungs: Rungs) -> None:
+    seen: list[bool] = []
+    best, lesser = rungs.all()[0], rungs.all()[-1]
+
+    def load() -> LoadedEngine:
+        seen.append(ladder.loading)
+        return lesser.load()
+
+    ladder = Ladder([best, Rung(lesser.name, load)])
+    rungs.engines[TENSORRT].failing = BrokenEngineError("the GPU fell off the bus")
+    assert not ladder.loading
+    ladder.recognize(SOUND)
+    assert (seen, ladder.loading) == ([True], False)
+
+
 def test_several_segments_are_not_taken_to_a_lesser_engine_for_one_that_is_bad(rungs: Rungs) -> None:
     ladder = Ladder(rungs.all())
     rungs.engines[TENSORRT].failing = EngineError("one of them is bad")

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mosquitto import PATIENCE_S
+from mosquitto import PATIENCE_S, wait_for
 from random_engine import recognizer_of, weights_from
 
 from edge_asr.errors import BrokenEngineError, EngineError
 from edge_asr.recognizer.paraformer import Paraformer
 from edge_asr.recognizer.recognizers import are_alike
 from edge_asr.recognizer.scheduler import Scheduler
+from edge_asr.systemd import Progress
 from edge_asr.types import Recognition, Samples, Token
 
 SOUND: Samples = np.zeros(16_000, np.float32)
@@ -297,6 +298,57 @@ async def test_when_the_first_engine_cannot_be_loaded_nobody_waits_for_it() -> N
     assert scheduler.submit(SOUND).cancelled()
     with pytest.raises(EngineError, match="no engine answers that could be changed"):
         await scheduler.swap(lambda: new)
+    assert await scheduler.close()
+
+
+@pytest.mark.parametrize(("seconds", "may_last_s"), [(1, 15), (30, 90)])
+async def test_a_run_is_a_step_that_may_last_by_the_length_of_the_sound(seconds: int, may_last_s: float) -> None:
+    old = Named("old")
+    old.may_answer.clear()
+    scheduler = await started(old)
+    assert scheduler.step is None
+    now = [0.0]
+    gets_on = Progress(lambda: scheduler.step, lambda: now[0])
+    asked = scheduler.submit(np.zeros(16_000 * seconds, np.float32))
+    assert await asyncio.to_thread(old.busy.wait, PATIENCE_S)
+    looks = []
+    for now[0] in (0, may_last_s, may_last_s + 1):
+        looks.append(gets_on())
+    assert looks == [True, True, False]
+    old.may_answer.set()
+    await asyncio.wait_for(asyncio.wrap_future(asked), PATIENCE_S)
+    assert await scheduler.close()
+
+
+async def test_a_slow_engine_has_ten_times_as_long_as_it_is_known_to_take() -> None:
+    old = Named("old")
+    scheduler = await started(old)
+    scheduler.costs.observe(1, 5000)
+    old.may_answer.clear()
+    asked = scheduler.submit(SOUND)
+    assert await asyncio.to_thread(old.busy.wait, PATIENCE_S)
+    assert scheduler.step is not None
+    assert scheduler.step.may_last_s == pytest.approx(50)
+    old.may_answer.set()
+    await asyncio.wrap_future(asked)
+    wait_for(lambda: scheduler.step is None, "it waits again")
+    assert await scheduler.close()
+
+
+async def test_an_engine_that_cannot_be_released_is_a_step_that_does_not_end() -> None:
+    old, new, go_on = Named("old"), Named("new"), threading.Event()
+    scheduler = await started(old)
+
+    def stuck() -> None:
+        assert go_on.wait(PATIENCE_S)
+
+    old.close = stuck  # type: ignore[method-assign]
+    swapping = asyncio.create_task(scheduler.swap(lambda: new))
+    while scheduler.step is None:
+        await asyncio.sleep(0.001)
+    assert scheduler.step.may_last_s == 15
+    go_on.set()
+    await asyncio.wait_for(swapping, PATIENCE_S)
     assert await scheduler.close()
 
 

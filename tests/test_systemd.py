@@ -8,12 +8,12 @@ import os
 import re
 import socket
 from collections.abc import Iterator
-from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from edge_asr.systemd import Answering, Notifier, feed_watchdog
+from edge_asr.systemd import Notifier, Progress, feed_watchdog
 
 
 @pytest.fixture(params=["path", "abstract"])
@@ -91,47 +91,61 @@ async def test_the_watchdog_is_fed_only_while_alive(listening: tuple[socket.sock
         server.recv(100)
 
 
+@dataclass(frozen=True)
+class At:
+    number: int
+    may_last_s: float = 15.0
+
+
 class Thread:
-    """An inference thread and a clock, both moved by hand."""
+    """A thread and a clock, both moved by hand."""
 
     def __init__(self) -> None:
-        self.idle, self.now = True, 0.0
-        self.questions: list[Future[None]] = []
+        self.step: At | None = None
+        self.now = 0.0
+        self.gets_on = Progress(lambda: self.step, lambda: self.now)
 
-    def ask(self) -> Future[None]:
-        self.questions.append(Future())
-        return self.questions[-1]
-
-    def after(self, seconds: float) -> float:
-        self.now += seconds
-        return self.now
-
-
-def answering(thread: Thread) -> Answering:
-    return Answering(lambda: thread.idle, thread.ask, 15.0, lambda: thread.now)
+    def looked_at(self, seconds: float, times: int) -> list[bool]:
+        """Look every `seconds`, at once for the first time."""
+        found = []
+        for _ in range(times):
+            found.append(self.gets_on())
+            self.now += seconds
+        return found
 
 
-def test_an_idle_thread_is_alive_and_is_asked_nothing() -> None:
+def test_a_thread_that_waits_gets_on() -> None:
+    assert all(Thread().looked_at(60, 10))
+
+
+def test_a_thread_at_one_step_is_stuck_when_that_has_lasted_too_long_until_it_gets_on_after_all() -> None:
     thread = Thread()
-    alive = answering(thread)
-    assert all(alive() for _ in range(10) if thread.after(60))
-    assert not thread.questions
+    thread.step = At(1)
+    assert thread.looked_at(5, 6) == [True, True, True, True, False, False]
+    thread.step = At(2)
+    assert thread.looked_at(5, 2) == [True, True]
+    thread.step = None
+    assert thread.gets_on()
 
 
-def test_a_stuck_thread_is_not_alive_after_15_s() -> None:
+def test_a_thread_at_one_short_step_after_another_gets_on() -> None:
     thread = Thread()
-    alive = answering(thread)
-    thread.idle = False
-    assert [alive() for _ in range(5) if thread.after(5)] == [True, True, True, False, False]
-    assert len(thread.questions) == 1
+    for number in range(20):
+        thread.step = At(number)
+        assert all(thread.looked_at(5, 3))
 
 
-def test_a_busy_thread_that_answers_is_alive() -> None:
+def test_a_step_that_may_last_long_may() -> None:
     thread = Thread()
-    alive = answering(thread)
-    thread.idle = False
-    for _ in range(20):
-        thread.after(5)
-        assert alive()
-        if thread.questions:
-            thread.questions.pop().set_result(None)
+    thread.step = At(1, may_last_s=90)
+    assert thread.looked_at(30, 5) == [True, True, True, True, False]
+
+
+def test_a_step_that_went_on_after_a_time_without_limit_has_all_of_its_time() -> None:
+    thread = Thread()
+    thread.step = At(1)
+    assert all(thread.looked_at(5, 3))
+    thread.step = None
+    assert all(thread.looked_at(60, 3))
+    thread.step = At(1)
+    assert all(thread.looked_at(5, 4))

@@ -20,6 +20,23 @@ MARGIN_S = 0.05
 """From the answer to its publication, and for what else the processor has to do."""
 
 
+MAY_LAST_S = 15.0
+"""A step of the inference thread that lasts longer is stuck, unless it is known to be a long one."""
+SLOWER = 10.0
+"""What is estimated may take so much longer on a machine that is too hot, or too busy, before it counts as stuck."""
+SLOWEST = 3.0
+"""Seconds for a second of audio: no engine that works at all is slower, whatever was estimated of another one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What the inference thread is at: one run, or the change to another recogniser."""
+
+    number: int
+    may_last_s: float = MAY_LAST_S
+    """After so many seconds it is stuck."""
+
+
 @dataclass(slots=True)
 class Run:
     """One run of the recogniser."""
@@ -43,6 +60,11 @@ class Run:
     def is_of_use(self) -> bool:
         """False when nobody wants any of it any more."""
         return not all(request.answer.cancelled() for request in self.requests)
+
+    @property
+    def may_last_s(self) -> float:
+        """Seconds after which it is stuck rather than slow."""
+        return max(MAY_LAST_S, SLOWER * self.estimate_ms / 1e3, SLOWEST * self.seconds)
 
     def left_ms(self, now: float) -> float:
         """Return how long it will take from now on, as far as can be told."""

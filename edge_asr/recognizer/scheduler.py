@@ -19,7 +19,7 @@ from edge_asr.recognizer.recognizers import Batching, measured, recognize_all, r
 from edge_asr.recognizer.recognizers import Recognizer as Recognizer  # who makes one finds it beside Scheduler
 from edge_asr.recognizer.requests import Priority as Priority  # who asks finds it beside `submit`
 from edge_asr.recognizer.requests import Request, Waiting
-from edge_asr.recognizer.runs import Run, may_share
+from edge_asr.recognizer.runs import Run, Step, may_share
 from edge_asr.types import Recognition, Samples
 
 WARM_AFTER_S = 2.0
@@ -69,6 +69,8 @@ class Scheduler:
         """What was spoken last, for another recogniser to be tried on."""
         self._forgotten_at = -math.inf
         self._closing = False
+        self._steps = 0
+        self._step: Step | None = None
         self._lock = threading.RLock()
         """Of what waits, runs, or is to end."""
         self._changed = threading.Condition(self._lock)
@@ -87,6 +89,11 @@ class Scheduler:
         self._thread.start()
         self._watcher.start()
         await asyncio.wrap_future(self._loaded)
+
+    @property
+    def step(self) -> Step | None:
+        """What the inference thread is at; None while it waits, or loads the first model. Never blocks."""
+        return self._step
 
     @property
     def idle(self) -> bool:
@@ -210,13 +217,19 @@ class Scheduler:
             while True:
                 if (swap := self._taking_over) is not None:
                     self._taking_over = None
+                    self._begin_step(Step(self._steps + 1))
                     return swap
                 if self._closing:
                     return None
                 if (first := self._waiting.pop()) is not None:
                     self._running = self._run(first, recognizer)
+                    self._begin_step(Step(self._steps + 1, self._running.may_last_s))
                     return self._running
+                self._step = None
                 self._changed.wait()
+
+    def _begin_step(self, step: Step) -> None:
+        self._steps, self._step = step.number, step
 
     def _run(self, first: Request, recognizer: Recognizer) -> Run:
         """Return a run for the request, and for those which may share it; nothing waits for company."""
