@@ -30,14 +30,14 @@ from edge_asr.publish.dialect import Dialect
 from edge_asr.publish.hermes import Hermes
 from edge_asr.publish.home_assistant import HomeAssistant
 from edge_asr.publish.mqtt import MqttPublisher
-from edge_asr.publish.outbox import DiskOutbox, MemoryOutbox, Outbox
+from edge_asr.publish.outbox import DiskOutbox, MemoryOutbox, Outbox, outbox_path
 from edge_asr.recognizer.bundle import Bundle, read_bundle
 from edge_asr.recognizer.scheduler import Scheduler
 from edge_asr.sources import WatchedSource, is_live
 from edge_asr.speech.segmenter import ENDPOINTS, Rules, Segmenter
 from edge_asr.speech.vad import SileroDetector, SteadyDetector
 from edge_asr.speech.wake_phrase import WakePhrase
-from edge_asr.systemd import Notifier, Progress, feed_watchdog
+from edge_asr.systemd import Notifier, Progress, extend_timeout, feed_watchdog
 from edge_asr.transcribe import transcribe
 from edge_asr.types import CHUNK_S, CHUNK_SAMPLES, SAMPLE_RATE, Transcript
 
@@ -75,7 +75,7 @@ def make_outbox(config: Config) -> Outbox:
     """Return what keeps transcripts until the broker has them. Raises ConfigError where another process has it."""
     if not (config.outbox.enabled and config.mqtt.enabled):
         return MemoryOutbox()
-    return DiskOutbox(config.outbox, config.outbox.file or config.state_dir / "outbox.sqlite3")
+    return DiskOutbox(config.outbox, outbox_path(config.outbox, config.state_dir))
 
 
 def choose_pace(source: SourceConfig, config: Config) -> Pace:
@@ -243,7 +243,8 @@ class Daemon:
         started = time.monotonic()
         loading = asyncio.create_task(self._keeper.start(), name="load")
         stopping = asyncio.create_task(self._stop.wait(), name="stop")
-        await asyncio.wait([loading, stopping], return_when=asyncio.FIRST_COMPLETED)
+        with self._extending_timeout():
+            await asyncio.wait([loading, stopping], return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
         if not loading.done():
             loading.cancel()
@@ -252,6 +253,15 @@ class Daemon:
         model, engine = self._keeper.bundle.name, self._keeper.engine
         log.info("model %s on %s, loaded in %.1f s", model, engine, time.monotonic() - started)
         return True
+
+    @contextlib.contextmanager
+    def _extending_timeout(self) -> Iterator[None]:
+        """Have systemd wait for an engine that is being built, but not for ever for anything else."""
+        extending = asyncio.create_task(extend_timeout(self._notifier, lambda: self._keeper.building), name="extend")
+        try:
+            yield
+        finally:
+            extending.cancel()
 
     def _start_listeners(self) -> None:
         for config in self._config.sources:
@@ -400,7 +410,8 @@ class Daemon:
                 return
             self._notifier.reloading()
             try:
-                await self._reload()
+                with self._extending_timeout():
+                    await self._reload()
             except EdgeAsrError as error:  # the keeper has logged it
                 self._reload_failure = f"the last reload failed: {error}"
                 self._publish_state()

@@ -46,6 +46,11 @@ class EngineBuild:
         if child.returncode:
             raise EngineError(_reason(child.returncode, said or ""))
 
+    @property
+    def running(self) -> bool:
+        """True while the child is at work."""
+        return self._child is not None and self._child.returncode is None
+
     def cancel(self) -> None:
         """End the child, if there is one, and let none be started from now on."""
         with self._lock:

@@ -69,6 +69,11 @@ class EngineKeeper:
         return None if self._ladder is None or self._ladder.loading else self.scheduler.step
 
     @property
+    def building(self) -> bool:
+        """True while an engine is being built, which may take the better part of an hour."""
+        return self._build.running or self._plan_build.running
+
+    @property
     def why(self) -> str:
         """Why it does not answer yet, or a lesser engine does than is wanted; empty where all is well."""
         below = "" if self._ladder is None else self._ladder.why

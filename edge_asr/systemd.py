@@ -12,6 +12,8 @@ from typing import Protocol
 
 LOOK_EVERY_S = 5.0
 """So often, at least, it is looked whether all goes on."""
+EXTENDED_BY_S = 120.0
+"""What has been built is loaded within this, even from a slow card."""
 
 
 class Notifier:
@@ -35,6 +37,10 @@ class Notifier:
         """Say that the stop has begun; from here on nothing is ready any more."""
         self._stopping = True
         self._send("STOPPING=1\nSTATUS=stopping")
+
+    def extend(self, seconds: float) -> None:
+        """Say that the start, or a reload, goes on for so long at least: systemd 236 and later waits for it then."""
+        self._send(f"EXTEND_TIMEOUT_USEC={round(seconds * 1e6)}")
 
     def reloading(self) -> None:
         """Say that the configuration or the model is being read anew; `ready` ends that."""
@@ -102,6 +108,14 @@ async def feed_watchdog(notifier: Notifier, alive: Callable[[], bool]) -> None:
         if alive():
             notifier.alive()
         await asyncio.sleep(min(notifier.watchdog_s, LOOK_EVERY_S))
+
+
+async def extend_timeout(notifier: Notifier, building: Callable[[], bool], every_s: float = 1.0) -> None:
+    """Keep systemd waiting for a start or a reload while `building()` says so, until cancelled."""
+    while True:
+        if building():
+            notifier.extend(EXTENDED_BY_S)
+        await asyncio.sleep(every_s)
 
 
 def _watchdog_s(environ: Mapping[str, str]) -> float:

@@ -1,4 +1,4 @@
-"""SIGHUP, as `systemctl reload` sends it: the model is loaded anew, or goes on and says why; a terminal's ends it."""
+"""What systemd hears, and SIGHUP: the model is loaded anew, or goes on and says why; that of a terminal ends it."""
 
 from __future__ import annotations
 
@@ -30,6 +30,9 @@ os.setsid()
 fcntl.ioctl(os.open(sys.argv.pop(1), os.O_RDWR), termios.TIOCSCTTY, 0)
 cli.main()
 """
+
+BUILDING = "from edge_asr import child, cli; child._command = lambda *given: ['sleep', '60']; cli.main()"
+"""It never ends to build its engine."""
 
 
 class Systemd:
@@ -138,3 +141,14 @@ def test_that_of_a_terminal_which_is_gone_ends_it(run: Callable[..., Daemon], sy
     os.close(its)
     os.close(ours)
     assert daemon.end() == -signal.SIGHUP
+
+
+def test_systemd_waits_while_an_engine_is_being_built(
+    start: Start, broker: Mosquitto, systemd: Systemd, tmp_path: Path
+) -> None:
+    options = ["-o", f"state_dir={tmp_path / 'state'}", "--model", str(BUNDLE), "--source", "stdin"]
+    daemon = start(broker.port, *options, program=("-c", BUILDING))
+    wait_for(lambda: "EXTEND_TIMEOUT_USEC=120000000" in systemd(), "it asks for more time")
+    assert "STATUS=starting: its engine is being built" in systemd()
+    assert daemon.stop() == 0
+    assert not systemd.reloads()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_asr.systemd import Notifier, Progress, feed_watchdog
+from edge_asr.systemd import Notifier, Progress, extend_timeout, feed_watchdog
 
 
 @pytest.fixture(params=["path", "abstract"])
@@ -33,13 +33,15 @@ def test_systemd_hears_each_notification(listening: tuple[socket.socket, str]) -
     notifier.ready()
     notifier.alive()
     notifier.reloading()
+    notifier.extend(120)
     notifier.stopping()
     notifier.ready()
     notifier.status("ready")
-    heard = [server.recv(4096).decode() for _ in range(5)]
+    heard = [server.recv(4096).decode() for _ in range(6)]
     assert heard[:3] == ["STATUS=loading the model", "READY=1", "WATCHDOG=1"]
     assert re.fullmatch(r"RELOADING=1\nMONOTONIC_USEC=\d+", heard[3])
-    assert heard[4] == "STOPPING=1\nSTATUS=stopping"
+    assert heard[4] == "EXTEND_TIMEOUT_USEC=120000000"
+    assert heard[5] == "STOPPING=1\nSTATUS=stopping"
     server.setblocking(False)
     with pytest.raises(BlockingIOError):
         server.recv(4096)
@@ -87,6 +89,26 @@ async def test_the_watchdog_is_fed_only_while_alive(listening: tuple[socket.sock
     feeding.cancel()
     server.setblocking(False)
     assert [server.recv(100), server.recv(100)] == [b"WATCHDOG=1"] * 2
+    with pytest.raises(BlockingIOError):
+        server.recv(100)
+
+
+async def test_systemd_waits_for_a_build_and_for_nothing_else(listening: tuple[socket.socket, str]) -> None:
+    server, name = listening
+    built: list[bool] = [False, True, True, False]
+    enough = asyncio.Event()
+
+    def building() -> bool:
+        if not built:
+            enough.set()
+            return False
+        return built.pop()
+
+    extending = asyncio.create_task(extend_timeout(Notifier({"NOTIFY_SOCKET": name}), building, 0.001))
+    await asyncio.wait_for(enough.wait(), 10)
+    extending.cancel()
+    server.setblocking(False)
+    assert [server.recv(100), server.recv(100)] == [b"EXTEND_TIMEOUT_USEC=120000000"] * 2
     with pytest.raises(BlockingIOError):
         server.recv(100)
 
