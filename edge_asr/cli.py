@@ -157,10 +157,11 @@ def run(
     settings = read_config(config, override, model, [_source_entry(name) for name in source or ()])
     import asyncio
 
-    from edge_asr import logs
+    from edge_asr import logs, memory
     from edge_asr.app import run_daemon
 
     logs.set_up(settings.log.level)
+    memory.keep_out_of_core_dumps()
     asyncio.run(run_daemon(settings))
 
 
@@ -431,8 +432,20 @@ def remove_model(
     cli_models.remove(settings, name)
 
 
+@app.command()
+def forget(config: ConfigOption = None, override: OverrideOption = None) -> None:
+    """Erase what the outbox keeps of what was said, delivered or not; the service may run, and does it then.
+
+    What others have received they keep. `mqtt forget` takes back what the broker retains, which is nothing spoken.
+    """
+    settings = read_config(config, override, ANY_MODEL)
+    from edge_asr import cli_forget
+
+    cli_forget.forget(settings)
+
+
 @mqtt.command("forget")
-def forget(
+def mqtt_forget(
     device: Annotated[
         str | None, typer.Option("--device", metavar="NAME", help="Of this appliance; device_id if not given.")
     ] = None,

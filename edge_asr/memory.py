@@ -1,17 +1,27 @@
-"""How much memory there is to be had."""
+"""How much memory there is to be had, and that what is in it is not written down."""
 
 from __future__ import annotations
 
+import contextlib
+import resource
 import sys
 from pathlib import Path
 
 MEMINFO = Path("/proc/meminfo")
+CORE_DUMP_FILTER = Path("/proc/self/coredump_filter")
 LIBRARIES = 400_000_000
 """What CUDA and TensorRT take themselves: an estimate."""
 ON_GPU = 1.3
 """A loaded plan takes so many times its file, with room for what is computed on the way: an estimate."""
 ON_BOTH = 2.0
 """The same where host and GPU share their memory: while it is loaded, the file is there as well."""
+
+
+def keep_out_of_core_dumps() -> None:
+    """Have a crash of this process, or of its children, write no memory down: it holds what was spoken."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+    with contextlib.suppress(OSError):  # a kernel without it
+        CORE_DUMP_FILTER.write_text("0")  # a program that collects core dumps is no file: no limit holds for it
 
 
 def available_bytes() -> int:

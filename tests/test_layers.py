@@ -64,6 +64,7 @@ LAYERS = {
     "cli_devices": 5,
     "cli_subscribe": 5,
     "cli_mqtt": 5,
+    "cli_forget": 5,
     "cli_subscribe_view": 5,
     "cli": 6,
     "__main__": 7,

@@ -101,6 +101,11 @@ class Delivery:
             content["latency_ms"]["outbox"] = round(recorded_ms, 2)
         return content
 
+    def forget(self) -> None:
+        """Publish nothing any more of what was read so far: the outbox has been erased."""
+        self._replay = range(0)
+        self._rewind(None)
+
     def begin(self) -> None:
         """Start anew on a connection: what is recorded from now on is fresh, the rest is offered again."""
         self._fresh_from = self.outbox.now()

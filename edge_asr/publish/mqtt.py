@@ -310,7 +310,7 @@ class MqttPublisher:
         self._delivery.lose(connection)
         self._live.forget()
         self._notices.lose()
-        self._outbox.tend(online=False)
+        self._tend_outbox(online=False)
         self._look_for_trouble()
         longest = self._config.reconnect_max_s
         delay_s = min(longest, self._config.reconnect_min_s * 2.0 ** min(self._failures, 16))
@@ -379,7 +379,11 @@ class MqttPublisher:
         if now >= self._tend_at:
             self._tend_at = now + TICK_S
             connection = self._connection
-            self._outbox.tend(online=connection is not None and connection.up and connection.brisk)
+            self._tend_outbox(online=connection is not None and connection.up and connection.brisk)
+
+    def _tend_outbox(self, online: bool) -> None:
+        if self._outbox.tend(online):
+            self._delivery.forget()
 
     def _wait(self) -> None:
         """Sleep until the broker sends, somebody calls `_wake`, or something is due; then serve the connection."""

@@ -15,12 +15,13 @@ from typing import TypeVar
 from edge_asr import metrics
 from edge_asr.config_mqtt import OutboxConfig
 from edge_asr.errors import ConfigError
+from edge_asr.publish.outbox_erasure import Erased, Wish, remove_damaged
 from edge_asr.publish.outbox_file import PRUNED_AT_ONCE, OutboxFile, Owner
 from edge_asr.publish.outbox_rows import NO_SEQS, MemoryOutbox, Outbox, OutboxStats, Row, SteadyClock, show
 from edge_asr.publish.outbox_schema import Connect, is_damage
 from edge_asr.publish.outbox_trouble import in_words, is_full, leaves_file_usable
 
-__all__ = ["DiskOutbox", "MemoryOutbox", "Outbox", "OutboxStats", "Row"]
+__all__ = ["DiskOutbox", "MemoryOutbox", "Outbox", "OutboxStats", "Row", "outbox_path"]
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,11 @@ CLOSE_S = 5.0
 BOUNDS = 2000
 FAULTS = (sqlite3.Error, OSError)
 T = TypeVar("T")
+
+
+def outbox_path(config: OutboxConfig, state_dir: Path) -> Path:
+    """Return where the outbox's file is."""
+    return config.file or state_dir / "outbox.sqlite3"
 
 
 class DiskOutbox:
@@ -59,6 +65,8 @@ class DiskOutbox:
         self._dropped = self._refused = 0
         self._kept = 0  # pending in the file, while that is closed
         self._dropping = False
+        self._wish = Wish(path)
+        self._erased: tuple[int, int] | None = None  # rows, and those pending; the log may still hold them
         self._trouble = self._sync_trouble = ""
         self._retry_at = self._ages_at = -math.inf
         try:
@@ -174,18 +182,50 @@ class DiskOutbox:
             self._fail(error)
             return None
 
-    def tend(self, online: bool) -> None:
-        """Try the disk again, drop what is too old or too much, a few hundred rows a call, and show the metrics."""
+    def tend(self, online: bool) -> bool:
+        """Try the disk again, drop what is too old or too much, a few hundred rows a call, and show the metrics.
+
+        Return whether all was erased, because somebody asked for that.
+        """
         self._online = online
         if self._file is not None:
             self._file.syncing.set_online(online)
         if self._trouble and time.monotonic() >= self._retry_at:
             self._revive()
+        erased = self._heed_wish()
         self._prune_ages()
         self._prune_size()
         self._watch()
         self._look()
         show(self.stats())
+        return erased
+
+    def _heed_wish(self) -> bool:
+        """Erase everything where somebody asks for that, and answer once the log holds nothing of it either."""
+        try:
+            if not self._wish.is_there():
+                self._erased = None
+            elif self._erased is None:
+                return self._erase()
+            elif self._file is None:
+                self._wish.answer(self._trouble)
+            elif self._file.is_erased():
+                self._wish.answer(Erased(*self._erased, remove_damaged(self._path)))
+        except OSError as error:
+            log.warning("%s cannot be erased as asked for: %s", self._path, in_words(error, self._path))
+        return False
+
+    def _erase(self) -> bool:
+        erased = self._write(lambda file: file.erase())
+        if erased is None:
+            self._wish.answer(self._trouble)
+            return True  # it may have come half way
+        waiting = list(self._memory.rows)
+        self._memory.acknowledge(waiting)
+        self._owed.clear()
+        self._erased = erased[0] + len(waiting), erased[1] + len(waiting)
+        log.info("%s: %d transcripts erased as asked for, %d of them pending", self._path, *self._erased)
+        return True
 
     def sync(self) -> None:
         """Ask for everything recorded to be put on stable storage as soon as possible."""

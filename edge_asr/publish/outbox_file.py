@@ -30,11 +30,15 @@ _UNSETTLED = "SELECT seq FROM transcripts INDEXED BY pending WHERE settled_at IS
 _OLD = f"BETWEEN {CLOCK_SET} AND ?"
 
 
+class OutboxOwnedError(ConfigError):
+    """Another process has the outbox's file."""
+
+
 class Owner:
     """The lock on an outbox's file: it has one owner."""
 
     def __init__(self, path: Path) -> None:
-        """Take the lock; raise ConfigError if another process has it, OSError if the disk does not play along."""
+        """Take the lock; raise OutboxOwnedError if another process has it, OSError if the disk does not play along."""
         lock = path.with_name(f"{path.name}.lock")
         self._handle = os.open(lock, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         try:
@@ -42,7 +46,7 @@ class Owner:
         except BlockingIOError:
             owner = os.pread(self._handle, 20, 0).decode(errors="replace").strip() or "unknown"
             os.close(self._handle)
-            raise ConfigError(
+            raise OutboxOwnedError(
                 f"{path} is in use by process {owner}; give this one a state_dir (or outbox.file) of its own"
             ) from None
         with contextlib.suppress(OSError):  # a full disk: then the other one cannot tell who has it
@@ -71,6 +75,7 @@ class OutboxFile:
             self._connection.close()
             raise
         self.syncing = OutboxSync(path, connect, self.last_seq)
+        self._erased_by = 0  # commits
 
     def close(self) -> None:
         """Close the connection; the sync thread still syncs what is committed, and then ends."""
@@ -190,6 +195,28 @@ class OutboxFile:
             part = seqs[start : start + PRUNED_AT_ONCE]
             marks = ",".join("?" * len(part))
             self.pending_count -= self._delete(f"{_UNSETTLED} AND seq IN ({marks})", tuple(part))
+
+    def erase(self) -> tuple[int, int]:
+        """Delete every row, and what the file still holds of deleted ones; return how many there were, and pending.
+
+        The numbers go on. The log holds the rows until `is_erased` says so.
+        """
+        with self.syncing.writing:
+            with self._transaction() as connection:
+                connection.execute("DELETE FROM transcripts")
+            erased = self.count, self.pending_count
+            self.count = self.pending_count = 0
+            self._connection.execute("VACUUM")
+            self._erased_by = self.syncing.committed(self.last_seq)
+        self.syncing.copy_soon()
+        return erased
+
+    def is_erased(self) -> bool:
+        """Tell whether the log no longer holds what was erased either; if not, have it emptied soon."""
+        if self.syncing.emptied_by >= self._erased_by:
+            return True
+        self.syncing.empty_soon()
+        return False
 
     def _delete(self, query: str, values: tuple[float, ...]) -> int:
         seqs = self._connection.execute(query, values).fetchall()

@@ -99,8 +99,8 @@ class Outbox(Protocol):
     def first_kept(self, from_seq: int) -> tuple[int, int, int] | None:
         """Return first seq, last seq and number of the rows from `from_seq` on that can be replayed."""
 
-    def tend(self, online: bool) -> None:
-        """Do the housekeeping; to be called about once a second."""
+    def tend(self, online: bool) -> bool:
+        """Do the housekeeping; to be called about once a second. True: all was erased, what was given out too."""
 
     def sync(self) -> None:
         """Ask for everything recorded to be put on stable storage as soon as possible."""
@@ -174,9 +174,10 @@ class MemoryOutbox:
     def first_kept(self, from_seq: int) -> tuple[int, int, int] | None:
         """Return None: nothing is kept that could be replayed."""
 
-    def tend(self, online: bool) -> None:
+    def tend(self, online: bool) -> bool:
         """Show the metrics."""
         show(self.stats())
+        return False
 
     def sync(self) -> None:
         """Do nothing: there is no storage."""

@@ -18,6 +18,7 @@ Connect = Callable[..., sqlite3.Connection]
 Saved = tuple[int, str, float, str, "float | None", "str | None"]
 """The columns of a row."""
 
+DAMAGED = ".damaged-"
 MAGIC = b"SQLite format 3\0"
 APPLICATION_ID = 0x65_41_53_52
 """`eASR`, in the header of the file."""
@@ -206,11 +207,27 @@ def _is_whole(row: tuple[Any, ...]) -> bool:
 
 def _set_aside(path: Path) -> Path:
     """Rename a damaged file, and what belongs to it; return its new name."""
-    aside = path.with_name(f"{path.name}.damaged-{int(time.time())}")
+    aside = path.with_name(f"{path.name}{DAMAGED}{int(time.time())}")
     for suffix in ("-wal", "-shm", ""):
         with contextlib.suppress(FileNotFoundError):
             path.with_name(path.name + suffix).replace(aside.with_name(aside.name + suffix))
     return aside
+
+
+def is_there(path: Path) -> bool:
+    """Tell whether there is a file; raise PermissionError where that is not for us to know."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def damaged_copies(path: Path) -> list[Path]:
+    """Return the files that were set aside, and what belongs to each."""
+    if not is_there(path.parent):
+        return []
+    return sorted(other for other in path.parent.iterdir() if other.name.startswith(f"{path.name}{DAMAGED}"))
 
 
 def _restore(connection: sqlite3.Connection, saved: list[Saved], last_seq: int) -> None:

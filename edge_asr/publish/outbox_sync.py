@@ -40,6 +40,8 @@ class OutboxSync:
         """Held while the publisher writes, and while this thread empties the log."""
         self.emptied = False
         """The log is empty, so that its new header cannot make old transactions come back; under `writing`."""
+        self.emptied_by = 0
+        """So many commits had been made when the log was emptied last, on the disk too."""
         self.synced_to = synced_to
         self.failure: Exception | None = None
         """Why the last attempt failed."""
@@ -60,13 +62,14 @@ class OutboxSync:
         """The thread still has its connection."""
         return self._thread.is_alive()
 
-    def committed(self, last_seq: int) -> None:
-        """Say that something was committed, the rows up to `last_seq` among it."""
+    def committed(self, last_seq: int) -> int:
+        """Say that something was committed, the rows up to `last_seq` among it; return how often that was said."""
         with self._bell:
             self._commits += 1
             self._committed_to = max(self._committed_to, last_seq)
             self._committed_at = time.monotonic()
             self._bell.notify()
+            return self._commits
 
     def set_online(self, online: bool) -> None:
         """Say whether the broker answers: what it has not got is synced at once."""
@@ -86,6 +89,12 @@ class OutboxSync:
         with self._bell:
             self._copy_wanted = True
             self._bell.notify()
+
+    def empty_soon(self) -> None:
+        """Do that also where all is copied, but somebody who read the log kept it from being emptied."""
+        with self._bell:
+            self._copied_commits = min(self._copied_commits, self._commits - 1)
+        self.copy_soon()
 
     def close(self, timeout_s: float) -> bool:
         """Sync, let go of the file, and end; return whether that was done within `timeout_s`."""
@@ -192,9 +201,11 @@ class OutboxSync:
             if commits != self._commits:
                 return False
             # Waits for no disk: all is copied. Without it SQLite would sync the log's new header in a commit.
-            self.emptied = not connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+            emptied = self.emptied = not connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
             self._copied_commits = commits
         _sync_file(wal_of(self._path), os.O_RDWR)
+        if emptied:
+            self.emptied_by = commits
         return True
 
     def _done(self, commits: int, seq: int, started: float, syncs: int) -> None:
