@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ from edge_asr.publish.connection import Connection
 from edge_asr.publish.delivery import CUTS, Delivery
 from edge_asr.publish.dialect import Message
 from edge_asr.publish.outbox import DiskOutbox
+from edge_asr.publish.outbox_erasure import Wish
 
 SMALL, LARGE = '{"text":"打开","latency_ms":{}}', '{"text":"' + "很" * 1000 + '","latency_ms":{}}'
 
@@ -71,3 +73,18 @@ def test_a_connection_that_flaps_costs_no_transcript_of_a_size_that_has_passed(d
     for _ in range(5 * CUTS):
         cut(delivery)
     assert (delivery.outbox.stats().refused, delivery.outbox.stats().pending) == (0, 1)
+
+
+def test_what_was_erased_is_not_published_though_it_was_read_already(delivery: Delivery, tmp_path: Path) -> None:
+    delivery.record([(f"id-{number}", SMALL) for number in range(50)])
+    wire = connect(delivery)
+    assert len(wire.published) == Wire.in_flight_limit
+    os.close(Wish(tmp_path / "outbox.sqlite3").ask())
+    assert delivery.outbox.tend(online=True)
+    delivery.forget()
+    for number in list(wire.published):
+        delivery.acknowledge(number)
+    delivery.note()
+    delivery.send(wire)
+    assert len(wire.published) == Wire.in_flight_limit
+    assert delivery.outbox.stats().pending == 0
