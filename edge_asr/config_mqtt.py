@@ -185,7 +185,15 @@ class HermesConfig(Section):
 def _credential(name: str) -> Path | None:
     folder = os.environ.get(CREDENTIALS)
     path = Path(folder) / name if folder else None
-    return path if path is not None and path.is_file() else None
+    return path if path is not None and path.is_file() and not _is_blank(path) else None
+
+
+def _is_blank(path: Path) -> bool:
+    """Tell whether it is the unit's default: systemd does not start a service without a value for a credential."""
+    try:
+        return not path.read_bytes().strip()
+    except OSError:  # is said where it is read
+        return False
 
 
 def _read(path: Path | None, key: str) -> str | None:

@@ -497,3 +497,13 @@ def test_user_and_password_come_from_files_or_from_systemd(tmp_path: Path, monke
     monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
     assert (Config().mqtt.read_username(), Config().mqtt.read_password()) == ("hall", "secret")
     assert load_config(None, ["mqtt.username=other"], {}).mqtt.read_username() == "other"
+
+
+def test_blank_credentials_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The unit gives them a line's end where nobody has set them."""
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    for name in ("mqtt_username", "mqtt_password"):
+        (tmp_path / name).write_text("\n")
+    assert (Config().mqtt.read_username(), Config().mqtt.read_password()) == (None, None)
+    with pytest.raises(ConfigError, match="a password needs a username"):
+        load_config(None, ["mqtt.password=p"], {})
