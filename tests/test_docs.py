@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import pytest
@@ -27,7 +28,7 @@ PAGES = sorted(
 NOT_OURS = {"triggers", "conditions", "recorder", "services", "automation"}
 """Keys of other programs' YAML, such as Home Assistant's: a block of nothing else is not our configuration."""
 OURS = re.compile(r"\S*\b(edge-asr|scripts/[\w-]+)\b")
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 FILE = re.compile(r"(?<![\w/.<>*-])(?:scripts|systemd|deploy|tests|bench)/[\w./-]*\w(?![\w*{<])")
 SHELL = ("sh", "bash", "console")
@@ -40,7 +41,7 @@ page_by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.
 def blocks(page: Path) -> Iterator[tuple[str, str]]:
     """Yield language and text of each fenced block."""
     for found in FENCE.finditer(page.read_text(encoding="utf-8")):
-        yield found[1], found[2]
+        yield found[2], dedent(found[3])
 
 
 def prose(page: Path) -> str:
