@@ -11,6 +11,9 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import one_thread  # noqa: F401 - before anything else loads NumPy
+
+# isort: split
 import pytest
 from bundled import BUNDLE
 from certificates import Certificates, make_certificates

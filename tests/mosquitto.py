@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import getpass
 import json
 import shutil
@@ -11,8 +12,9 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -312,11 +314,22 @@ def _pump(source: socket.socket, sink: socket.socket) -> None:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    assert isinstance(port, int)
-    return port
+    """Return a port that no other process of tests uses, and that the kernel gives to no connection."""
+    _, ports = _own_ports()
+    while True:
+        port = next(ports)
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
+@functools.cache
+def _own_ports() -> tuple[socket.socket, Iterator[int]]:
+    """Return a hundred ports below those of the kernel, and the socket on the first, which keeps others off."""
+    for first in range(10_000, 32_000, 100):
+        with contextlib.suppress(OSError):
+            return socket.create_server(("127.0.0.1", first)), cycle(range(first + 1, first + 100))
+    raise AssertionError("no ports left for tests")
 
 
 def _flag(value: bool) -> str:
