@@ -102,7 +102,7 @@ def test_an_outbox_that_nobody_has_is_erased_in_all_its_files(path: Path, make: 
     assert erase(path) == Erased(rows=60, pending=20, damaged=2)
 
     assert holding(path.parent) == []
-    assert not Wish(path).is_there()
+    assert Wish(path).seen() is None
     again = make()
     assert again.stats().rows == 0
     assert again.add(offered(1))[0].seq == 61
@@ -131,7 +131,7 @@ def test_whoever_has_the_outbox_erases_it_when_asked(path: Path, make: Callable[
     assert Asking(path).answered_by(outbox) == (Erased(rows=60, pending=20, damaged=1), 1)
 
     assert holding(path.parent) == []
-    assert not Wish(path).is_there()
+    assert Wish(path).seen() is None
     assert (outbox.stats().rows, outbox.stats().pending) == (0, 0)
     assert outbox.pending(None, 100) == []
     assert outbox.add(offered(1))[0].seq == 61
@@ -148,39 +148,61 @@ def test_what_the_broker_acknowledges_after_it_was_erased_changes_no_count(
     assert outbox.stats().pending == 0
 
 
-def test_a_program_that_reads_the_outbox_delays_the_answer_until_the_log_is_empty(
-    path: Path, make: Callable[[], DiskOutbox]
-) -> None:
-    outbox = make()
-    fill(outbox)
+def test_a_program_that_holds_on_to_what_it_read_is_told_of(path: Path, make: Callable[[], DiskOutbox]) -> None:
+    fill(outbox := make())
     with closing(sqlite3.connect(path, isolation_level=None)) as reader:
         reader.execute("BEGIN")
         reader.execute("SELECT count(*) FROM transcripts").fetchone()
-        asking = Asking(path, patience_s=2.0)
-        answer, _ = asking.answered_by(outbox)
-    assert "did not erase it within 2 s; stop it (systemctl stop edge-asr)" in str(answer)
-    assert not Wish(path).is_there()
+        answer, _ = Asking(path, patience_s=1.0).answered_by(outbox)
+    assert "did not erase it within 1 s; stop it (systemctl stop edge-asr)" in str(answer)
+    assert Wish(path).seen() is None
 
-    assert Asking(path).answered_by(outbox)[0] == Erased(rows=0, pending=0, damaged=0)
+
+def test_the_answer_waits_until_a_program_that_reads_has_let_go_of_the_log(
+    path: Path, make: Callable[[], DiskOutbox]
+) -> None:
+    fill(outbox := make())
+    asking = Asking(path)
+    wait_for(lambda: outbox.tend(online=True), "the erasing")
+    with closing(sqlite3.connect(path, isolation_level=None)) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT count(*) FROM transcripts").fetchone()
+        wait_for(lambda: outbox.tend(online=True) or path.stat().st_size > 4096, "the copy of the log")
+        assert holding(path.parent) == [f"{path.name}-wal"]
+        assert asking.found == []
+    assert asking.answered_by(outbox) == (Erased(rows=60, pending=20, damaged=0), 0)
     assert holding(path.parent) == []
+
+
+def test_who_asks_again_before_the_outbox_was_tended_has_what_came_meanwhile_erased(
+    path: Path, make: Callable[[], DiskOutbox]
+) -> None:
+    outbox = make()
+    for wish in (Wish(path), Wish(path)):
+        wish.withdraw()
+        outbox.add(offered(2))
+        os.close(wish.ask())
+        assert outbox.tend(online=True)
+    assert outbox.stats().rows == 0
+    assert not outbox.tend(online=True)
 
 
 def test_an_owner_that_does_not_answer_is_told_of(path: Path, make: Callable[[], DiskOutbox]) -> None:
     fill(make())
     with pytest.raises(EdgeAsrError, match=r"did not erase it within 0 s; stop it"):
         erase(path, patience_s=0.2)
-    assert not Wish(path).is_there()
+    assert Wish(path).seen() is None
 
 
 def test_who_ends_before_answering_leaves_it_to_the_one_who_asks(path: Path, make: Callable[[], DiskOutbox]) -> None:
     make().close()
     owner = Owner(path)
     asking = Asking(path)
-    wait_for(Wish(path).is_there, "the wish")
+    wait_for(Wish(path).seen, "the wish")
     owner.release()
     wait_for(lambda: asking.found, "the answer")
     assert asking.found == [Erased(rows=0, pending=0, damaged=0)]
-    assert not Wish(path).is_there()
+    assert Wish(path).seen() is None
 
 
 def test_a_damaged_outbox_is_erased_with_what_was_set_aside(path: Path, make: Callable[[], DiskOutbox]) -> None:

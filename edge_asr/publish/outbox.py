@@ -66,7 +66,8 @@ class DiskOutbox:
         self._kept = 0  # pending in the file, while that is closed
         self._dropping = False
         self._wish = Wish(path)
-        self._erased: tuple[int, int] | None = None  # rows, and those pending; the log may still hold them
+        self._heeded: tuple[int, int] | None = None  # the wish that was there last
+        self._erased = (0, 0)  # for that: rows, and those pending; the log may still hold them
         self._trouble = self._sync_trouble = ""
         self._retry_at = self._ages_at = -math.inf
         try:
@@ -203,15 +204,17 @@ class DiskOutbox:
     def _heed_wish(self) -> bool:
         """Erase everything where somebody asks for that, and answer once the log holds nothing of it either."""
         try:
-            if not self._wish.is_there():
-                self._erased = None
-            elif self._erased is None:
+            wish, self._heeded = self._heeded, self._wish.seen()
+            if self._heeded is None:
+                return False
+            if self._heeded != wish:
                 return self._erase()
-            elif self._file is None:
+            if self._file is None:
                 self._wish.answer(self._trouble)
             elif self._file.is_erased():
                 self._wish.answer(Erased(*self._erased, remove_damaged(self._path)))
         except OSError as error:
+            self._heeded = None
             log.warning("%s cannot be erased as asked for: %s", self._path, in_words(error, self._path))
         return False
 

@@ -39,9 +39,13 @@ class Wish:
     def __init__(self, outbox: Path) -> None:
         self._path = outbox.with_name(f"{outbox.name}.forget")
 
-    def is_there(self) -> bool:
-        """Tell whether somebody asks."""
-        return os.path.lexists(self._path)
+    def seen(self) -> tuple[int, int] | None:
+        """Return what tells one wish from another; None: nobody asks. Raises OSError."""
+        try:
+            found = self._path.lstat()
+        except FileNotFoundError:
+            return None
+        return found.st_ino, found.st_ctime_ns
 
     def ask(self) -> int:
         """Ask; return the handle that the answer is read from."""
