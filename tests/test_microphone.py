@@ -247,7 +247,7 @@ async def test_mute_ends_the_recording_and_unmute_begins_a_new_one(plug: Plug) -
         ticked_at = source.health.ticked_at
         await happens(lambda: source.health.ticked_at > ticked_at)  # the watchdog is fed all the same
         source.unmute()
-        (after,) = await heard(chunks, is_sound)
+        after = (await heard(chunks, is_sound))[-1]  # where sound had not been taken when it was muted, more is lost
     assert numbers(after) == list(range(CHUNK_SAMPLES))
     assert after.index > lost.index
     assert states == ["capturing", "muted", "waiting", "capturing"]
