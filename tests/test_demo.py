@@ -124,7 +124,7 @@ def test_a_sentence_that_does_not_arrive_fails_the_demo_and_is_named(start: Star
     assert "missing: 今天没有声音" in demo.output
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_keep_plays_on_until_a_signal_and_leaves_nothing_behind(
     start: Start, tmp_path: Path, how: signal.Signals
 ) -> None:
