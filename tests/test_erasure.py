@@ -20,12 +20,20 @@ from mosquitto import PATIENCE_S, wait_for
 
 from edge_asr.config_mqtt import OutboxConfig
 from edge_asr.errors import EdgeAsrError
+from edge_asr.publish import outbox_sync
 from edge_asr.publish.outbox import DiskOutbox
 from edge_asr.publish.outbox_erasure import Erased, Wish, erase
 from edge_asr.publish.outbox_file import Owner
 
 NOBODY = 65534
 WORDS = "把窗户关上"
+
+
+@pytest.fixture(autouse=True)
+def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the log be synced and copied as often as there is something to."""
+    monkeypatch.setattr(outbox_sync, "EVERY_S", 0.05)
+    monkeypatch.setattr(outbox_sync, "QUIET_S", 0.05)
 
 
 @pytest.fixture

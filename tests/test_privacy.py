@@ -17,15 +17,20 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
+import numpy as np
 import pytest
 from bundled import REPOSITORY
 from daemons import SENTENCES, Daemon, is_offline, is_ready, spoken, texts_on
 from mosquitto import PATIENCE_S, Mosquitto, Subscriber, wait_for
+from numpy.typing import NDArray
+
+from edge_asr.types import Samples
 
 SAID = SENTENCES[:3]
 PIECE = 4
 """So many letters in a row of a sentence are found."""
-SOUND_BYTES = 64
+MOMENT = 400
+"""Samples of the sound that is looked for."""
 FAULTY_ENGINE = """
 import sys
 from edge_asr.recognizer.paraformer import Paraformer
@@ -48,19 +53,21 @@ main()
 
 
 def needles() -> dict[str, bytes]:
-    """Return what must not be found: every piece of what is said in four encodings, and its sound in two forms."""
+    """Return what must not be found: every piece of what is said, in four encodings."""
     pieces = {sentence[at : at + PIECE] for sentence in SAID for at in range(len(sentence) - PIECE + 1)}
     found = {f"{piece} in {code}": piece.encode(code) for piece in pieces for code in ("utf-8", "gbk", "utf-16-le")}
-    found |= {f"{piece} in JSON": json.dumps(piece)[1:-1].encode() for piece in pieces}
-    for sentence in SAID:
-        pcm = memoryview(spoken(sentence)).cast("h")
-        loudest = max(range(len(pcm)), key=lambda at: abs(pcm[at]))
-        sound = pcm[loudest : loudest + SOUND_BYTES // 2]
-        found[f"the sound of {sentence}"] = sound.tobytes()
-    return found
+    return found | {f"{piece} in JSON": json.dumps(piece)[1:-1].encode() for piece in pieces}
+
+
+def sounds() -> dict[str, Samples]:
+    """Return the loudest moment of each sentence."""
+    pcm = {sentence: np.frombuffer(spoken(sentence), "<i2").astype(np.float32) for sentence in SAID}
+    loudest = {sentence: max(int(np.argmax(np.abs(sound))), MOMENT) for sentence, sound in pcm.items()}
+    return {sentence: sound[loudest[sentence] - MOMENT : loudest[sentence]] for sentence, sound in pcm.items()}
 
 
 NEEDLES = needles()
+SOUNDS = sounds()
 
 
 def spoken_in(content: bytes) -> list[str]:
@@ -68,19 +75,45 @@ def spoken_in(content: bytes) -> list[str]:
     return [name for name, needle in NEEDLES.items() if needle in content]
 
 
+def sounding_in(content: bytes) -> list[str]:
+    """Return of which sentences the sound can be found in some bytes: as PCM or floats, at any volume."""
+    found = set()
+    for kind in ("<i2", "<f4"):
+        width = np.dtype(kind).itemsize
+        for start in range(width):
+            length = max(0, len(content) - start) // width
+            sound = np.nan_to_num(np.frombuffer(content, kind, length, min(start, len(content)))).clip(-1e5, 1e5)
+            found |= {sentence for sentence, moment in SOUNDS.items() if is_in(moment, sound.astype(np.float64))}
+    return [f"the sound of {sentence}" for sentence in sorted(found)]
+
+
+def is_in(moment: Samples, sound: NDArray[np.float64]) -> bool:
+    """Tell whether a moment is part of a sound: where its correlation with it is nearly 1."""
+    if len(sound) < len(moment):
+        return False
+    power = np.convolve(sound**2, np.ones(len(moment)), "valid") * float(moment.astype(np.float64) @ moment)
+    alike = np.correlate(sound, moment.astype(np.float64), "valid")
+    return bool(np.any((power > 0) & (alike > 0.99 * np.sqrt(np.maximum(power, 0)))))
+
+
 class Home:
     """The folders of a daemon: all that it may write to."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, engines: Path) -> None:
         self.folder = folder
         for name in ("state", "tmp", "work", "home"):
             (folder / name).mkdir(parents=True)
+        shutil.copytree(engines, folder / "state", dirs_exist_ok=True)
+        self._before = {str(file.relative_to(folder)) for file in folder.rglob("*")}
         self.outbox = folder / "state" / "outbox.sqlite3"
 
     def found(self) -> dict[str, list[str]]:
         """Return what can be found, by the file that holds it."""
-        files = [file for file in self.folder.rglob("*") if file.is_file() and not file.is_symlink()]
-        found = {str(file.relative_to(self.folder)): spoken_in(file.read_bytes()) for file in files}
+        found = {}
+        for file in self.folder.rglob("*"):
+            if file.is_file() and not file.is_symlink():
+                content, name = file.read_bytes(), str(file.relative_to(self.folder))
+                found[name] = spoken_in(content) + ([] if name in self._before else sounding_in(content))
         return {name: what for name, what in found.items() if what}
 
     def found_elsewhere(self) -> dict[str, list[str]]:
@@ -101,8 +134,7 @@ class Home:
 
 @pytest.fixture
 def home(tmp_path: Path, state_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
-    made = Home(tmp_path / "appliance")
-    shutil.copytree(state_folder, made.folder / "state", dirs_exist_ok=True)
+    made = Home(tmp_path / "appliance", state_folder)
     for name, folder in {"HOME": "home", "XDG_DATA_HOME": "home", "XDG_CACHE_HOME": "home", "TMPDIR": "tmp"}.items():
         monkeypatch.setenv(name, str(made.folder / folder))
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
@@ -155,6 +187,24 @@ def retained(broker: Mosquitto) -> list[tuple[str, str]]:
         return [(message.topic, message.payload) for message in late.messages if message.retained]
 
 
+@pytest.mark.parametrize(
+    "written",
+    [
+        SAID[1][2 : 2 + PIECE].encode(),
+        json.dumps({"text": SAID[0]}).encode(),
+        SAID[2].encode("gbk"),
+        b"x" + spoken(SAID[0]),
+        bytes(44) + (np.frombuffer(spoken(SAID[1]), "<i2") * 0.3).astype("<i2").tobytes(),
+        (np.frombuffer(spoken(SAID[2]), "<i2") / np.float32(32768)).tobytes(),
+    ],
+    ids=["piece", "JSON", "GBK", "PCM", "soft WAV", "floats"],
+)
+def test_what_is_written_is_found(tmp_path: Path, state_folder: Path, written: bytes) -> None:
+    home = Home(tmp_path / "appliance", state_folder)
+    (home.folder / "tmp" / "written").write_bytes(b"before" + written)
+    assert list(home.found()) == ["tmp/written"]
+
+
 def test_nothing_spoken_is_found_but_in_the_outbox_and_nothing_at_all_once_it_is_forgotten(
     home: Home, broker: Mosquitto, run: Run
 ) -> None:
@@ -190,6 +240,7 @@ def test_what_the_outbox_no_longer_keeps_is_gone_from_the_disk(home: Home, broke
     assert home.found() == {}
 
 
+@pytest.mark.slow
 def test_what_waits_for_a_broker_is_forgotten_too_and_never_published(home: Home, broker: Mosquitto, run: Run) -> None:
     with Subscriber(broker.port) as subscriber:
         daemon = run()
@@ -210,6 +261,7 @@ def test_what_waits_for_a_broker_is_forgotten_too_and_never_published(home: Home
         assert [message.json["seq"] for message in subscriber.on("transcript")] == [len(SAID) + 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGABRT])
 def test_nothing_more_is_found_when_the_process_dies(
     home: Home, broker: Mosquitto, run: Run, how: signal.Signals
@@ -232,6 +284,7 @@ def test_nothing_more_is_found_when_the_process_dies(
     assert home.found() == {}
 
 
+@pytest.mark.slow
 def test_nothing_spoken_is_in_the_log_when_the_engine_fails(home: Home, broker: Mosquitto, run: Run) -> None:
     with Subscriber(broker.port) as subscriber:
         daemon = run(program=("-c", FAULTY_ENGINE))
