@@ -10,6 +10,8 @@ from pathlib import Path
 from edge_asr.errors import ConfigError, EdgeAsrError
 from edge_asr.seed import CONFIGURATION, SEEDS, erase, find_seed, take_over
 
+MODELS = Path("/var/lib/edge_asr/installed")
+"""Where scripts/install puts them."""
 RESULT = "edge_asr-result.txt"
 """Beside the seed, for it is read on the same PC."""
 
@@ -59,9 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="edge-asr-seed", description="Take over a seed file, and remove it.")
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help=f"where {SEEDS[0]} may lie")
     parser.add_argument("--etc", type=Path, default=Path("/etc/edge_asr"), help=f"the folder of {CONFIGURATION}")
-    parser.add_argument(
-        "--models", type=Path, default=Path("/opt/edge_asr/models"), help="models that may be named as they are there"
-    )
+    parser.add_argument("--models", type=Path, default=MODELS, help="models that may be named as they are there")
     given = parser.parse_args()
     try:
         take_seed(given.folders, given.etc, given.models)

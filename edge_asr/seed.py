@@ -129,15 +129,13 @@ def _check(new: dict[str, Any], etc: Path, name: str) -> None:
 
 
 def _keep_password(new: dict[str, Any], file: Path) -> dict[str, Any]:
-    """Return the configuration, which everybody may read, without the password: it goes to `file`; null removes it."""
+    """Return the configuration, which everybody may read, without the password: it goes to `file`; null is none."""
     section = new.get("mqtt")
     if not isinstance(section, dict) or "password" not in section:
         return new
-    if section["password"] is None:
-        file.unlink(missing_ok=True)
-    else:
-        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _write(file, f"{section['password']}\n".encode(), SECRET)
+    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # An empty file is none: the service does not start where the file is missing.
+    _write(file, b"" if section["password"] is None else f"{section['password']}\n".encode(), SECRET)
     return {**new, "mqtt": {key: value for key, value in section.items() if key != "password"}}
 
 

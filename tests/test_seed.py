@@ -85,10 +85,10 @@ def test_a_password_goes_where_only_root_reads_it(disk: Disk, monkeypatch: pytes
     assert (mqtt.read_username(), mqtt.read_password()) == ("speech", "geheim")
 
 
-def test_a_password_of_null_is_removed(disk: Disk) -> None:
+def test_a_password_of_null_is_none(disk: Disk) -> None:
     disk.take("mqtt: {username: speech, password: geheim}\n")
     disk.take("mqtt: {username: null, password: null}\n")
-    assert not disk.password.exists()
+    assert (disk.password.read_bytes(), mode(disk.password)) == (b"", 0o600)
 
 
 def test_the_same_seed_again_changes_nothing(disk: Disk) -> None:
