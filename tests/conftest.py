@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,11 @@ from daemons import Daemon, Start
 from mosquitto import PATIENCE_S, Mosquitto, find_program
 from pulse import MICROPHONE, PulseServer, missing_parts
 
+from edge_asr.engine import trial
 from edge_asr.engine.build import build_engine
 from edge_asr.loader import engine_folder
 from edge_asr.recognizer.bundle import FP32, read_bundle
+from edge_asr.types import Samples
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -37,6 +40,22 @@ def state_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         bundle = read_bundle(BUNDLE)
         build_engine(bundle, FP32, engine_folder(bundle, folder / "edge_asr"), threads=1)
         yield folder / "edge_asr"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def babble_made_once() -> Iterator[None]:
+    """Make the babble that engines are tried on once for each length: to make it takes longer than to hear it."""
+    make = trial.babble
+
+    @cache
+    def babble(seconds: float) -> Samples:
+        sound = make(seconds)
+        sound.setflags(write=False)
+        return sound
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trial, "babble", babble)
+        yield
 
 
 @pytest.fixture(autouse=True)
