@@ -75,7 +75,7 @@ def anchors(page: Path) -> set[str]:
     found: list[str] = []
     for heading in re.findall(r"^#+ (.+)$", FENCE.sub("", page.read_text(encoding="utf-8")), re.MULTILINE):
         text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)
-        slug = re.sub(r"[^\w\- ]", "", text.lower()).strip().replace(" ", "-")
+        slug = re.sub(r"[^\w\- ]", "", text.strip().lower()).replace(" ", "-")
         found.append(slug if slug not in found else f"{slug}-{found.count(slug)}")
     return set(found)
 
