@@ -246,6 +246,14 @@ def test_another_programs_file_is_left_alone(path: Path) -> None:
     assert path.read_bytes() == before
 
 
+def test_why_the_one_who_has_the_outbox_cannot_erase_it_is_told(path: Path, make: Callable[[], DiskOutbox]) -> None:
+    with closing(sqlite3.connect(path)) as other:
+        other.execute("PRAGMA application_id = 7")
+        other.execute("CREATE TABLE transcripts (seq)")
+    answer, _ = Asking(path).answered_by(make())
+    assert str(answer) == f"not erased: {path} belongs to another program; set outbox.file to another file"
+
+
 def forget(state: Path, *options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-W", "error", "-m", "edge_asr", "forget", "-o", f"state_dir={state}", *options]
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=PATIENCE_S)
@@ -282,3 +290,15 @@ def test_root_leaves_no_file_that_the_service_cannot_use() -> None:
         }
     finally:
         shutil.rmtree(state)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be two users")
+def test_a_stranger_is_told_who_may_erase_it(path: Path, make: Callable[[], DiskOutbox]) -> None:
+    fill(make())
+    path.parent.chmod(0o700)
+    os.seteuid(NOBODY)
+    try:
+        with pytest.raises(EdgeAsrError, match="is another user's; run this as root, or as that user"):
+            erase(path)
+    finally:
+        os.seteuid(0)

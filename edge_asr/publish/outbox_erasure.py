@@ -86,6 +86,8 @@ def erase(outbox: Path, patience_s: float = PATIENCE_S) -> Erased:
                 f"there is no outbox at {outbox}, so nothing was erased; give the --config that the service runs with"
             )
         return _erase(outbox, patience_s)
+    except PermissionError as error:
+        raise EdgeAsrError(f"not erased: {outbox} is another user's; run this as root, or as that user") from error
     except FAULTS as error:
         raise EdgeAsrError(f"not erased: {in_words(error, outbox)}") from error
 
