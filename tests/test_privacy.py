@@ -24,6 +24,7 @@ from daemons import SENTENCES, Daemon, is_offline, is_ready, spoken, texts_on
 from mosquitto import PATIENCE_S, Mosquitto, Subscriber, wait_for
 from numpy.typing import NDArray
 
+from edge_asr import memory
 from edge_asr.types import Samples
 
 SAID = SENTENCES[:3]
@@ -282,6 +283,17 @@ def test_nothing_more_is_found_when_the_process_dies(
     assert home.found_elsewhere() == {}
     home.forget()
     assert home.found() == {}
+
+
+def test_a_sandbox_that_forbids_setting_limits_does_not_hinder_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbid(*_: object) -> None:
+        raise ValueError("not allowed to raise maximum limit")
+
+    monkeypatch.setattr(resource, "setrlimit", forbid)
+    monkeypatch.setattr(memory, "CORE_DUMP_FILTER", tmp_path / "nowhere" / "coredump_filter")
+    memory.keep_out_of_core_dumps()
 
 
 @pytest.mark.slow
