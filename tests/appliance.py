@@ -54,6 +54,7 @@ class Appliance:
         self._stick = stick
         self._machine: subprocess.Popen[bytes] | None = None
         self._listening: subprocess.Popen[str] | None = None
+        self._ear: threading.Thread | None = None
         self._groups = [folder / f"edge-asr-test-{os.getpid()}" for folder in control_groups()]
         """Its own: another container beside it would have the same ones."""
 
@@ -79,6 +80,7 @@ class Appliance:
         assert self._machine is not None
         self.run("systemctl", "reboot", check=False)
         assert self._machine.wait(PATIENCE_S) == REBOOTED
+        self._stop_listening()
         self._remove_groups()
         self.boot()
 
@@ -90,8 +92,7 @@ class Appliance:
                 self._machine.wait(10)
             self._machine.kill()
             self._machine.wait()
-        if self._listening is not None:
-            self._listening.terminate()
+        self._stop_listening()
         self._remove_groups()
 
     def run(self, *command: str | Path, check: bool = True, timeout: float = 300) -> subprocess.CompletedProcess[str]:
@@ -145,7 +146,8 @@ class Appliance:
             stdout=subprocess.PIPE,
             text=True,
         )
-        threading.Thread(target=self._hear, args=(self._listening,), daemon=True).start()
+        self._ear = threading.Thread(target=self._hear, args=(self._listening,), daemon=True)
+        self._ear.start()
 
     def texts(self) -> list[str]:
         """Return the transcripts heard."""
@@ -189,10 +191,16 @@ class Appliance:
 
     def _hear(self, listening: subprocess.Popen[str]) -> None:
         assert listening.stdout is not None
-        for line in listening.stdout:
-            topic, _, payload = line.rstrip("\n").partition(" ")
-            with contextlib.suppress(ValueError):
-                self.heard.append((topic, json.loads(payload)))
+        with listening:
+            for line in listening.stdout:
+                topic, _, payload = line.rstrip("\n").partition(" ")
+                with contextlib.suppress(ValueError):
+                    self.heard.append((topic, json.loads(payload)))
+
+    def _stop_listening(self) -> None:
+        if self._listening is not None and self._ear is not None:
+            self._listening.terminate()
+            self._ear.join()
 
     def _leader(self) -> int | None:
         """Return the process id of the container's systemd, seen from outside."""
