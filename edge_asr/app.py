@@ -30,7 +30,7 @@ from edge_asr.publish.dialect import Dialect
 from edge_asr.publish.hermes import Hermes
 from edge_asr.publish.home_assistant import HomeAssistant
 from edge_asr.publish.mqtt import MqttPublisher
-from edge_asr.publish.outbox import DiskOutbox, MemoryOutbox, Outbox
+from edge_asr.publish.outbox import DiskOutbox, MemoryOutbox, Outbox, outbox_path
 from edge_asr.recognizer.bundle import Bundle, read_bundle
 from edge_asr.recognizer.scheduler import Scheduler
 from edge_asr.sources import WatchedSource, is_live
@@ -75,7 +75,7 @@ def make_outbox(config: Config) -> Outbox:
     """Return what keeps transcripts until the broker has them. Raises ConfigError where another process has it."""
     if not (config.outbox.enabled and config.mqtt.enabled):
         return MemoryOutbox()
-    return DiskOutbox(config.outbox, config.outbox.file or config.state_dir / "outbox.sqlite3")
+    return DiskOutbox(config.outbox, outbox_path(config.outbox, config.state_dir))
 
 
 def choose_pace(source: SourceConfig, config: Config) -> Pace:
