@@ -34,7 +34,6 @@ from bench.half import ONNX_CUDA_HALF, write_half
 from bench.report import without_folders
 from bench.terminal import Tick
 from edge_asr.config import EngineConfig
-from edge_asr.doctor.tree import Tree
 from edge_asr.engine import trial
 from edge_asr.errors import BrokenEngineError, EngineError
 from edge_asr.loader import load_engine
@@ -42,6 +41,8 @@ from edge_asr.recognizer.bundle import FP32, Bundle
 from edge_asr.recognizer.manifest import TENSORRT, Manifest, existing, read_manifest
 from edge_asr.recognizer.onnx_network import ONNX_CUDA, CudaOptions, OnnxNetwork
 from edge_asr.recognizer.paraformer import Decoded, Paraformer
+from edge_asr.sensors import Reading
+from edge_asr.tree import Tree
 from edge_asr.types import SAMPLE_RATE, Recognition, Samples
 
 MEMORY_S = 30.0
@@ -322,7 +323,7 @@ class _Bench:
     def _sound(self, seconds: float) -> Samples:
         return np.resize(self._usual, int(seconds * SAMPLE_RATE))
 
-    def _reading(self) -> sensors.Reading:
+    def _reading(self) -> Reading:
         return sensors.read(self._tree, None if self._card is None else sensors.read_card(self._card))
 
 
@@ -349,7 +350,7 @@ def _timed(recognizer: Paraformer, sound: Samples, batch: int) -> tuple[float, R
     return (time.perf_counter() - started) * 1e3, recognition
 
 
-def _memory(before: sensors.Reading, after: sensors.Reading, resident_mb: float | None) -> Memory:
+def _memory(before: Reading, after: Reading, resident_mb: float | None) -> Memory:
     return Memory(
         resident_mb=None if resident_mb is None else round(resident_mb),
         gpu_mb=_grown(before.gpu_used_mb, after.gpu_used_mb),

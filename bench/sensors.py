@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import re
 import statistics
 import subprocess
@@ -12,41 +13,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
-from edge_asr.doctor.tree import Tree
+from edge_asr import sensors
+from edge_asr.sensors import Reading
+from edge_asr.tree import Tree
 
-GPU_NODES = re.compile(r"gpu|gv11b|ga10b|gb10b")
-"""GPUs of Jetsons among the names in /sys/class/devfreq."""
-STANDING_READINGS = ("PMIC-Die",)
-"""Zones that always say 100 degrees."""
-LIKELY_TRIP_MC = 40_000
-"""A trip point below is none: unused ones are 0, or below freezing."""
 WHOLE_BOARD = re.compile(r"^(VDD_IN|POM_5V_IN|VIN)$")
 """Rails that everything else hangs on."""
 NVIDIA_SMI = ("memory.used", "temperature.gpu", "power.draw", "clocks.sm", "clocks_throttle_reasons.active")
 SLOWED = 0x8 | 0x20 | 0x40 | 0x80
 """Bits of nvidia-smi's reasons: slowed by hardware, by heat (twice), by a lack of power. Its other bits are normal."""
 EVERY_S = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """All sensors at one moment."""
-
-    temperatures_c: Mapping[str, float] = field(default_factory=dict)
-    """By zone."""
-    power_w: Mapping[str, float] = field(default_factory=dict)
-    """By rail; that of a graphics card is `gpu`."""
-    gpu_mhz: float | None = None
-    gpu_load: float | None = None
-    """0 to 1."""
-    gpu_used_mb: float | None = None
-    """Of a graphics card's own memory. A Jetson has none."""
-    available_mb: float | None = None
-    """Of the host's memory."""
-    slowed: bool | None = None
-    """Whether the machine says that it is slowed down by heat or by a lack of power; None: it cannot say."""
-    overcurrents: int | None = None
-    """How often a Jetson has been slowed down because it took too much current, since it was started."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,22 +45,20 @@ class Summary:
 
 def read(tree: Tree, card: Mapping[str, float] | None = None) -> Reading:
     """Read everything there is; `card`: what nvidia-smi says, by the names in NVIDIA_SMI."""
-    card = card or {}
-    temperatures = {**_temperatures(tree), **_named("gpu card", card.get("temperature.gpu"))}
-    gpu = next((name for name in tree.find("sys/class/devfreq/*") if GPU_NODES.search(name.rpartition("/")[2])), None)
-    clock = None if gpu is None else tree.number(f"{gpu}/cur_freq")
-    load = None if gpu is None else tree.number(f"{gpu}/device/load")
+    reading = sensors.read(tree)
+    if not card:
+        return reading
     reasons = card.get("clocks_throttle_reasons.active")
-    told = [hot for hot in (_is_hot(tree), None if reasons is None else bool(int(reasons) & SLOWED)) if hot is not None]
-    return Reading(
-        temperatures_c=temperatures,
-        power_w={**_power(tree), **_named("gpu", card.get("power.draw"))},
-        gpu_mhz=card.get("clocks.sm") if clock is None else clock / 1e6,
-        gpu_load=None if load is None else load / 1000,
+    told = [
+        hot for hot in (reading.slowed, None if reasons is None else bool(int(reasons) & SLOWED)) if hot is not None
+    ]
+    return dataclasses.replace(
+        reading,
+        temperatures_c={**reading.temperatures_c, **_named("gpu card", card.get("temperature.gpu"))},
+        power_w={**reading.power_w, **_named("gpu", card.get("power.draw"))},
+        gpu_mhz=card.get("clocks.sm") if reading.gpu_mhz is None else reading.gpu_mhz,
         gpu_used_mb=card.get("memory.used"),
-        available_mb=available_mb(tree),
         slowed=any(told) if told else None,
-        overcurrents=_overcurrents(tree),
     )
 
 
@@ -114,16 +88,6 @@ def parse_card(said: str) -> dict[str, float]:
         with contextlib.suppress(ValueError):
             found[name] = float(int(text, 16)) if text.strip().startswith("0x") else float(text)
     return found
-
-
-def available_mb(tree: Tree) -> float | None:
-    """Return how much memory programs can still get; None where the system does not say."""
-    return _meminfo(tree, "MemAvailable")
-
-
-def total_mb(tree: Tree) -> float | None:
-    """Return how much memory there is; None where the system does not say."""
-    return _meminfo(tree, "MemTotal")
 
 
 def summarise(readings: Sequence[Reading]) -> Summary:
@@ -196,54 +160,6 @@ def resident_peak_mb() -> float | None:
 
 def _named(name: str, value: float | None) -> dict[str, float]:
     return {} if value is None else {name: value}
-
-
-def _meminfo(tree: Tree, key: str) -> float | None:
-    found = re.search(rf"^{key}:\s+(\d+) kB", tree.text("proc/meminfo") or "", re.MULTILINE)
-    return None if found is None else int(found[1]) * 1024 / 1e6
-
-
-def _zones(tree: Tree) -> dict[str, str]:
-    """Return the folders of zones by the names of the zones."""
-    folders = tree.find("sys/class/thermal/thermal_zone*")
-    named = {tree.text(f"{folder}/type") or folder.rpartition("/")[2]: folder for folder in folders}
-    return {name: folder for name, folder in named.items() if name not in STANDING_READINGS}
-
-
-def _temperatures(tree: Tree) -> dict[str, float]:
-    found = {name: tree.number(f"{folder}/temp") for name, folder in _zones(tree).items()}
-    return {name: value / 1000 for name, value in found.items() if value is not None}
-
-
-def _is_hot(tree: Tree) -> bool | None:
-    """Tell whether a zone is where it slows something down; None where no zone has such a point."""
-    hot = []
-    for folder in _zones(tree).values():
-        reading = tree.number(f"{folder}/temp")
-        for name in tree.find(f"{folder}/trip_point_*_type"):
-            point = tree.number(f"{name.removesuffix('_type')}_temp")
-            if tree.text(name) == "passive" and reading is not None and point is not None and point > LIKELY_TRIP_MC:
-                hot.append(reading >= point)
-    return any(hot) if hot else None
-
-
-def _power(tree: Tree) -> dict[str, float]:
-    """Return watts by rail: voltage times current of each channel that has both and a name."""
-    found = {}
-    for folder in tree.find("sys/bus/i2c/devices/*/hwmon/hwmon*"):
-        for current in tree.find(f"{folder}/curr*_input"):
-            channel = current.rpartition("/curr")[2].removesuffix("_input")
-            milliamperes, millivolts = tree.number(current), tree.number(f"{folder}/in{channel}_input")
-            name = tree.text(f"{folder}/in{channel}_label")
-            if name and milliamperes is not None and millivolts is not None:
-                found[name] = milliamperes * millivolts / 1e6
-    return found
-
-
-def _overcurrents(tree: Tree) -> int | None:
-    counts = [tree.number(name) for name in tree.find("sys/class/hwmon/hwmon*/oc*_event_cnt")]
-    known = [count for count in counts if count is not None]
-    return sum(known) if known else None
 
 
 def _throttled(readings: Sequence[Reading]) -> bool | None:

@@ -21,6 +21,7 @@ from edge_asr.attention import PHRASE, Attention
 from edge_asr.budget import LatencyBudget, LateWatch, RecentResponses
 from edge_asr.config import Config, FileSourceConfig, GatesConfig, ListenConfig, SegmentConfig, SourceConfig
 from edge_asr.controls import Controls
+from edge_asr.device import DeviceCare
 from edge_asr.errors import EdgeAsrError
 from edge_asr.keeper import EngineKeeper
 from edge_asr.ladder import load_ladder
@@ -115,6 +116,7 @@ class Daemon:
         self._keeper = EngineKeeper(read_bundle(config.model), config.engine, config.state_dir, self._publish_state)
         self._budget = LatencyBudget(config.budget.response_ms)
         self._responses = RecentResponses()
+        self._device = DeviceCare()
         self._late_watch = LateWatch(config.budget.late_share)
         self._attention = choose_attention(config.listen)
         self._controls = Controls(config.segment, self._attention, config.state_dir, self._publish_state)
@@ -288,6 +290,7 @@ class Daemon:
             pace,
             self._budget,
             self._attention.ear(),
+            strained=lambda: self._device.strain,
         )
 
     async def _listen(self, listener: Listener, source: WatchedSource) -> None:
@@ -425,10 +428,11 @@ class Daemon:
     async def _report(self) -> None:
         """Publish the state now and then: its counters move without anybody saying so."""
         while True:
-            await asyncio.sleep(STATE_EVERY_S)
+            await asyncio.to_thread(self._device.look)  # sensors of a Jetson take their time
             for source in self._sources:
                 source.count()
             self._publish_state()
+            await asyncio.sleep(STATE_EVERY_S)
 
     def _publish_state(self) -> None:
         """Publish how things are now; from any thread, and the one that looked last publishes last."""
@@ -456,6 +460,7 @@ class Daemon:
                 **self._responses.percentiles(),
             },
             "outbox": self._outbox.stats().to_json(),
+            "device": self._device.describe(),
             "broker": None if self._publisher is None else self._publisher.describe(),
             "version": __version__,
         }
@@ -466,7 +471,7 @@ class Daemon:
             return "starting", self._keeper.why or "the model is loading"
         sources = (source.trouble for source in self._sources)
         broker = "" if self._publisher is None else self._publisher.trouble
-        others = (self._late_watch.why, broker, self._outbox.stats().trouble)
+        others = (self._late_watch.why, self._device.strain, broker, self._outbox.stats().trouble)
         troubles = "; ".join(filter(None, (self._controls.trouble, *sources, *others)))
         lesser = "; ".join(filter(None, (self._keeper.why, self._reload_failure)))
         return ("degraded", troubles) if troubles else ("ready", lesser)

@@ -5,7 +5,10 @@ Names are `edge_asr_<what>_<unit>`, counters end in `_total`, and label values e
 
 from __future__ import annotations
 
-from prometheus_client import Counter, Gauge, Histogram
+from collections.abc import Iterator
+
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram, Metric
+from prometheus_client.registry import Collector
 
 SEGMENTS = Counter("edge_asr_segments", "Segments cut out of the sources.")
 TRANSCRIPTS = Counter("edge_asr_transcripts", "Transcripts offered to the sinks.")
@@ -76,3 +79,19 @@ def show_engine(name: str) -> None:
     """Say which engine answers."""
     for engine in ENGINES:
         ENGINE.labels(engine).set(engine == name)
+
+
+class Sampled(Collector):
+    """Metrics that are there only as long as something is known, for a missing sensor is absent and never zero."""
+
+    def __init__(self) -> None:
+        self.families: tuple[Metric, ...] = ()
+        """What was read last; replaced as a whole."""
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield what was read last."""
+        yield from self.families
+
+
+DEVICE = Sampled()
+REGISTRY.register(DEVICE)

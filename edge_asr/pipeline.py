@@ -10,7 +10,7 @@ import asyncio
 import dataclasses
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -93,8 +93,12 @@ class Listener:
         budget: LatencyBudget,
         attention: Attention | None = None,
         content_endpoint: ContentEndpoint | None = None,
+        strained: Callable[[], object] = lambda: False,
     ) -> None:
-        """`content_endpoint`: how long a pause may last once its text is known; None: as long as the preset says."""
+        """`content_endpoint`: how long a pause may last once its text is known; None: as long as the preset says.
+
+        `strained` tells whether the device is to be spared what nobody has to wait for: partials.
+        """
         self._source = source
         self._detector = detector
         self._segmenter = segmenter
@@ -105,6 +109,7 @@ class Listener:
         self._budget = budget
         self._attention = attention or Attention()
         self._content_endpoint = content_endpoint
+        self._strained = strained
         self._answers = Answers(sinks, labels, gates, self._attention, pace.backlog_s)
         self._recording = Recording()
         self._open: _Open | None = None
@@ -375,7 +380,7 @@ class Listener:
         if not self._attention.hears(current.since):
             return
         current.decoded_at = end
-        if self._scheduler.idle:
+        if self._scheduler.idle and not self._strained():
             current.decode = self._submit(self._recording.samples(current.start, end), Priority.PARTIAL)
         else:
             metrics.ENFORCED.labels("partial_skipped").inc()

@@ -16,7 +16,7 @@ from edge_asr.doctor.children import Answer
 from edge_asr.doctor.examination import examine
 from edge_asr.doctor.patient import Patient
 from edge_asr.doctor.report import Finding, Report
-from edge_asr.doctor.tree import Tree
+from edge_asr.tree import Tree
 
 MEMINFO = """\
 MemTotal:        7619796 kB

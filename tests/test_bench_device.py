@@ -20,12 +20,13 @@ from bench import device, device_check, device_measure, device_results, sensors
 from bench.device_machine import describe
 from bench.device_results import SCHEMA_FILE, Check, Latency, Memory, Result
 from bench.floor import KNOWN, Dimensions, dimensions_of, find, floor_ms
-from edge_asr.doctor.tree import Tree
 from edge_asr.errors import BundleError, EngineError
 from edge_asr.recognizer import onnx_network
 from edge_asr.recognizer.bundle import FP32, INT8, read_bundle
 from edge_asr.recognizer.manifest import read_manifest
 from edge_asr.recognizer.paraformer import Decoded, Paraformer
+from edge_asr.sensors import Reading
+from edge_asr.tree import Tree
 
 TINY = ["--quick", "--seconds", "0.3,0.9", "--batches", "1,2", "--runs", "2", "--idle", "0.01", "--threads", "1"]
 
@@ -383,7 +384,7 @@ JETSON = {
 
 
 def test_a_jetson_tells_temperatures_power_clocks_and_memory(tmp_path: Path) -> None:
-    assert sensors.read(files(tmp_path, JETSON)) == sensors.Reading(
+    assert sensors.read(files(tmp_path, JETSON)) == Reading(
         temperatures_c={"cpu-thermal": 51.5, "gpu-thermal": 48.0},
         power_w={"VDD_IN": 9.2, "VDD_CPU_GPU_CV": 2.45},
         gpu_mhz=306.0,
@@ -395,7 +396,7 @@ def test_a_jetson_tells_temperatures_power_clocks_and_memory(tmp_path: Path) -> 
 
 
 def test_what_there_is_no_sensor_for_is_absent_and_not_zero(tmp_path: Path) -> None:
-    assert sensors.read(Tree(tmp_path)) == sensors.Reading()
+    assert sensors.read(Tree(tmp_path)) == Reading()
     assert sensors.summarise([sensors.read(Tree(tmp_path))]) == sensors.Summary()
 
 
@@ -412,15 +413,15 @@ def test_a_trip_point_that_is_not_set_means_nothing(tmp_path: Path) -> None:
 
 
 def test_too_much_current_meanwhile_means_throttled() -> None:
-    before, after = sensors.Reading(overcurrents=3), sensors.Reading(overcurrents=4)
+    before, after = Reading(overcurrents=3), Reading(overcurrents=4)
     assert sensors.summarise([before, after]).throttled is True
     assert sensors.summarise([before, before]).throttled is False
 
 
 def test_means_and_extremes_skip_what_was_not_read() -> None:
-    first = sensors.Reading({"cpu": 40.0}, {"VDD_IN": 4.0}, gpu_mhz=300.0, gpu_used_mb=100.0, available_mb=900.0)
-    second = sensors.Reading({"cpu": 50.0, "gpu": 45.0}, {}, gpu_mhz=600.0, available_mb=800.0)
-    third = sensors.Reading({}, {"VDD_IN": 8.0, "VDD_SOC": 1.0})
+    first = Reading({"cpu": 40.0}, {"VDD_IN": 4.0}, gpu_mhz=300.0, gpu_used_mb=100.0, available_mb=900.0)
+    second = Reading({"cpu": 50.0, "gpu": 45.0}, {}, gpu_mhz=600.0, available_mb=800.0)
+    third = Reading({}, {"VDD_IN": 8.0, "VDD_SOC": 1.0})
     found = sensors.summarise([first, second, third])
     assert found.highest_c == {"cpu": 50.0, "gpu": 45.0}
     assert found.mean_w == {"VDD_IN": 6.0, "VDD_SOC": 1.0}
@@ -434,9 +435,7 @@ def test_means_and_extremes_skip_what_was_not_read() -> None:
 def test_a_graphics_card_is_asked_through_nvidia_smi(tmp_path: Path, reasons: str, slowed: bool) -> None:
     card = sensors.parse_card(f"1234, 65, 170.52, 1695, {reasons}\n")
     reading = sensors.read(Tree(tmp_path), card)
-    assert reading == sensors.Reading(
-        {"gpu card": 65.0}, {"gpu": 170.52}, gpu_mhz=1695.0, gpu_used_mb=1234.0, slowed=slowed
-    )
+    assert reading == Reading({"gpu card": 65.0}, {"gpu": 170.52}, gpu_mhz=1695.0, gpu_used_mb=1234.0, slowed=slowed)
     assert sensors.summarise([reading]).board_w == 170.52
 
 

@@ -49,7 +49,7 @@ WIRE_KEYS = {
 }
 STATE_KEYS = {
     *("state", "why", "engine", "model", "sources", "mute", "preset", "listen", "budget"),
-    *("outbox", "broker", "version"),
+    *("outbox", "device", "broker", "version"),
 }
 
 

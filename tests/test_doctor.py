@@ -30,7 +30,7 @@ from machines import (
 from edge_asr.config_reader import load_config
 from edge_asr.doctor.examination import examine
 from edge_asr.doctor.report import Report, Result, fail, ok, warn
-from edge_asr.doctor.tree import Tree
+from edge_asr.tree import Tree
 
 
 def test_an_orin_in_order_has_nothing_to_be_done_but_to_build_its_engine(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from edge_asr.doctor import libraries
 from edge_asr.doctor.children import Answer, ask
 from edge_asr.doctor.examination import CHECKS, examine
 from edge_asr.doctor.report import ok
-from edge_asr.doctor.tree import Tree
+from edge_asr.tree import Tree
 
 
 @pytest.mark.parametrize("version", ["8.5.2.2", "10.3.0", "10.13.3.9", "10.16.0", "11.4.1"])

@@ -19,8 +19,8 @@ from machines import (
 )
 
 from edge_asr.doctor import machine
-from edge_asr.doctor.tree import Tree
 from edge_asr.recognizer.bundle import FP32
+from edge_asr.tree import Tree
 
 
 @pytest.mark.parametrize(

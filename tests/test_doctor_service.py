@@ -37,13 +37,13 @@ from edge_asr.doctor.children import Answer
 from edge_asr.doctor.examination import CHECKS, Check, examine
 from edge_asr.doctor.patient import Patient
 from edge_asr.doctor.report import Finding, ok
-from edge_asr.doctor.tree import Tree
 from edge_asr.errors import ConfigError
 from edge_asr.loader import engine_folder
 from edge_asr.recognizer import tensorrt_network
 from edge_asr.recognizer.bundle import FP32
 from edge_asr.recognizer.manifest import FILE, TENSORRT, Plan, read_manifest, write_manifest
 from edge_asr.recognizer.tensorrt_network import GpuFacts
+from edge_asr.tree import Tree
 
 
 def test_a_check_that_breaks_fails_and_the_others_go_on(tmp_path: Path) -> None:

@@ -95,13 +95,14 @@ async def hear(
     gates: Gates | None = None,
     live: bool = True,
     rules: Rules = RULES,
+    strained: Callable[[], object] = lambda: False,
 ) -> tuple[list[Partial], list[Transcript]]:
     sink = Collector()
     labels = Labels("test", "fed", "prompt")
     pace = Pace(live, 120.0, interval_ms if live else 0)
     listener = Listener(
         Fed(pattern), ByLevel(), Segmenter(rules), scheduler, [sink], labels, gates or Gates(), pace,
-        BUDGET, attention,
+        BUDGET, attention, strained=strained,
     )  # fmt: skip
     await listener.run()
     return sink.partials, sink.transcripts
@@ -127,6 +128,16 @@ async def test_a_sentence_grows_every_300_ms_and_its_beginning_becomes_stable() 
     assert not any(partial.end for partial in partials)
     assert {partial.source for partial in partials} == {"fed"}
     assert final.text.startswith(partials[-1].stable)
+
+
+async def test_a_strained_device_is_spared_partials_and_nothing_else() -> None:
+    scheduler = Prompt()
+    strains = iter(["hot", "hot"])
+    before = enforced("partial_skipped")
+    partials, (final,) = await hear("..." + "x" * 40 + "." * 10, scheduler, strained=lambda: next(strains, ""))
+    assert enforced("partial_skipped") - before == 2
+    assert len(scheduler.lengths(Priority.PARTIAL)) == len(partials) == 1
+    assert final.text == SPOKEN[: scheduler.lengths(Priority.MICROPHONE)[-1] // CHUNKS_A_CHARACTER]
 
 
 async def test_a_decode_at_a_pause_is_a_partial_when_speech_goes_on() -> None:

@@ -12,8 +12,8 @@ from edge_asr.doctor.children import Answer, ask
 from edge_asr.doctor.patient import CannotTellError, Patient
 from edge_asr.doctor.probe import PROBES
 from edge_asr.doctor.report import Finding, Report, Result, fail, warn
-from edge_asr.doctor.tree import Tree
 from edge_asr.errors import BundleError, ConfigError, EdgeAsrError
+from edge_asr.tree import Tree
 
 CONFIGURATION, MODEL, MACHINE = 2, 3, 1
 """Exit codes: what is to blame where a check fails."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from edge_asr.config import MicrophoneSourceConfig
 from edge_asr.doctor.patient import Patient
 from edge_asr.doctor.report import Finding, Status, fail, lacking, ok, warn
-from edge_asr.doctor.tree import Tree
+from edge_asr.tree import Tree
 
 TENSORRT_RELEASES = ((8, 5), (10, 3), (10, 13), (10, 16), (11, 4))
 UNSUPPORTED = ((8, 6),)

@@ -7,11 +7,12 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from edge_asr import sensors
 from edge_asr.doctor.patient import Patient
 from edge_asr.doctor.report import Finding, fail, lacking, ok, warn
-from edge_asr.doctor.tree import RELEASE_FILE, Tree
 from edge_asr.recognizer.bundle import FP32, INT8
 from edge_asr.recognizer.manifest import TENSORRT
+from edge_asr.tree import RELEASE_FILE, Tree
 
 GPU_NODES = ("dev/nvmap", "dev/nvhost*", "dev/nvgpu/*/*", "dev/dri/renderD*")
 """Of a Jetson."""
@@ -19,12 +20,6 @@ CARD_NODES = ("dev/nvidia[0-9]*", "dev/nvidiactl", "dev/nvidia-uvm")
 """Of a graphics card, and of a Thor beside the others."""
 NOT_FOR_USERS = re.compile(r"dbg|prof|ctxsw|sched|power")
 """Nodes that only root and debuggers may use, and need."""
-GPU_CLOCKS = re.compile(r"gpu|gv11b|ga10b|gb10b")
-"""A GPU among the names in /sys/class/devfreq."""
-STANDING_READING = ("PMIC-Die",)
-"""Zones that always say 100 degrees."""
-LIKELY_TRIP_MC = 40_000
-"""A trip point below is none: unused ones are 0, or below freezing."""
 OWN_GOVERNORS = ("intel_pstate", "amd-pstate-epp", "amd-pstate")
 """Drivers of which `powersave` is the normal mode, and no slow one."""
 SYNCHRONISED = "run/systemd/timesync/synchronized"
@@ -128,23 +123,19 @@ def sound_nodes(patient: Patient) -> Finding:
 def power_mode(patient: Patient) -> Finding:
     """Return the mode of nvpmodel, which is the owner's to set."""
     tree = patient.tree
-    modes = dict(
-        re.findall(r"<\s*POWER_MODEL\s+ID=0*(\d+)\s+NAME=([^\s>]+)", tree.text("etc/nvpmodel.conf") or ""),
-    )
-    chosen = re.search(r"pmode:0*(\d+)", tree.text("var/lib/nvpmodel/status") or "")
-    preset = re.search(r"<\s*PM_CONFIG\s+DEFAULT=0*(\d+)", tree.text("etc/nvpmodel.conf") or "")
-    number = chosen or preset
-    if number is None:
+    mode = sensors.power_mode(tree)
+    if mode.number is None:
         return ok("not known: nvpmodel's files are not here" if tree.is_jetson else "not a Jetson")
-    found = f"{modes.get(number[1], 'unknown')} (mode {number[1]}{'' if chosen else ', as configured'})"
-    others = ", ".join(f"{other} {name}" for other, name in modes.items())
+    name = mode.names.get(mode.number, "unknown")
+    found = f"{name} (mode {mode.number}{'' if mode.chosen else ', as configured'})"
+    others = ", ".join(f"{other} {name}" for other, name in mode.names.items())
     return ok(f"{found}{f'; there are {others}; sudo nvpmodel -m N sets one' if others else ''}")
 
 
 def gpu_clock(patient: Patient) -> Finding:
     """Return how fast the GPU runs now, how fast it may run, and who decides."""
     tree = patient.tree
-    folders = [name for name in tree.find("sys/class/devfreq/*") if GPU_CLOCKS.search(name.rpartition("/")[2])]
+    folders = [name for name in tree.find("sys/class/devfreq/*") if sensors.GPU_NODES.search(name.rpartition("/")[2])]
     found = [text for text in (_clock(tree, folder) for folder in folders) if text]
     return ok("; ".join(found) or ("not known: no clock of the GPU in /sys" if tree.is_jetson else "not a Jetson"))
 
@@ -187,7 +178,7 @@ def temperatures(patient: Patient) -> Finding:
     readings: list[tuple[float, str]] = []
     for folder in tree.find("sys/class/thermal/thermal_zone*"):
         reading, name = tree.number(f"{folder}/temp"), tree.text(f"{folder}/type") or folder.rpartition("/")[2]
-        if reading is None or name in STANDING_READING:
+        if reading is None or name in sensors.STANDING_READINGS:
             continue
         readings.append((reading / 1000, name))
         limit = _throttles_at(tree, folder)
@@ -205,7 +196,7 @@ def _throttles_at(tree: Tree, folder: str) -> int | None:
     """Return the lowest temperature, in thousandths of a degree, from which a zone slows something down."""
     points = [name.removesuffix("_type") for name in tree.find(f"{folder}/trip_point_*_type")]
     limits = [tree.number(f"{point}_temp") for point in points if tree.text(f"{point}_type") == "passive"]
-    return min((limit for limit in limits if limit is not None and limit > LIKELY_TRIP_MC), default=None)
+    return min((limit for limit in limits if limit is not None and limit > sensors.LIKELY_TRIP_MC), default=None)
 
 
 def memory(patient: Patient) -> Finding:

@@ -10,9 +10,9 @@ from typing import NoReturn
 from edge_asr.config import Config, EngineConfig
 from edge_asr.doctor.children import Answer
 from edge_asr.doctor.report import Status
-from edge_asr.doctor.tree import Tree
 from edge_asr.recognizer.bundle import FP32, INT8, Bundle, read_bundle
 from edge_asr.recognizer.manifest import AUTO, TENSORRT
+from edge_asr.tree import Tree
 
 
 class CannotTellError(Exception):
