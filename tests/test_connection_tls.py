@@ -6,6 +6,7 @@ import base64
 import hashlib
 import socket
 import ssl
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 from certificates import Certificate, Certificates, openssl
 from connections import VERSIONS, Served, way_in
-from mosquitto import Mosquitto
+from mosquitto import PATIENCE_S, Mosquitto
 from odd_brokers import Visitor, odd_broker
 
 from edge_asr.config_mqtt import MqttConfig, TlsConfig
@@ -231,6 +232,7 @@ def test_no_connect_follows_a_handshake_that_nobody_waits_for_any_more() -> None
 
     def talk(visitor: Visitor) -> None:
         request = visitor.sock.recv(4096).decode()
+        assert bound.wait(PATIENCE_S)
         served.connection.drop()
         key = request.partition("Sec-WebSocket-Key: ")[2].partition("\r\n")[0]
         accepted = hashlib.sha1(f"{key}258EAFA5-E914-47DA-95CA-C5AB0DC85B11".encode()).digest()
@@ -241,9 +243,11 @@ def test_no_connect_follows_a_handshake_that_nobody_waits_for_any_more() -> None
         received.append(visitor.sock.recv(4096))
 
     received: list[bytes] = []
+    bound = threading.Event()  # it connects before its maker has it
     with odd_broker(talk) as broker:
         config = MqttConfig.model_validate({"port": broker.port, "transport": "websockets"})
         with Served(config) as served:
+            bound.set()
             served.until(lambda s: received, "the end of the connection")
     assert received == [b""]
 
