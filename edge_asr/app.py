@@ -13,16 +13,16 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edge_asr import __version__, metrics
 from edge_asr.answers import Gates, Labels, TranscriptSink
 from edge_asr.attention import PHRASE, Attention
 from edge_asr.budget import LatencyBudget, LateWatch, RecentResponses
 from edge_asr.config import Config, FileSourceConfig, GatesConfig, ListenConfig, SegmentConfig, SourceConfig
-from edge_asr.controls import Controls
+from edge_asr.controls import Controls, content_endpoint
 from edge_asr.device import DeviceCare
-from edge_asr.errors import EdgeAsrError
+from edge_asr.errors import ConfigError, EdgeAsrError
 from edge_asr.keeper import EngineKeeper
 from edge_asr.ladder import load_ladder
 from edge_asr.pipeline import Listener, Pace
@@ -34,6 +34,7 @@ from edge_asr.publish.mqtt import MqttPublisher
 from edge_asr.publish.outbox import DiskOutbox, MemoryOutbox, Outbox, outbox_path
 from edge_asr.recognizer.bundle import Bundle, read_bundle
 from edge_asr.recognizer.scheduler import Scheduler
+from edge_asr.service import Hearing, Pauses, SpeechService
 from edge_asr.sources import WatchedSource, is_live
 from edge_asr.speech.segmenter import ENDPOINTS, Rules, Segmenter
 from edge_asr.speech.vad import SileroDetector, SteadyDetector
@@ -41,6 +42,9 @@ from edge_asr.speech.wake_phrase import WakePhrase
 from edge_asr.systemd import Notifier, Progress, extend_timeout, feed_watchdog
 from edge_asr.transcribe import transcribe
 from edge_asr.types import CHUNK_S, CHUNK_SAMPLES, SAMPLE_RATE, Transcript
+
+if TYPE_CHECKING:
+    from edge_asr.serve.server import SpeechServer
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +94,26 @@ def choose_pace(source: SourceConfig, config: Config) -> Pace:
     )
 
 
+class _Answering:
+    """The model that answers at present; see `service.Model`."""
+
+    def __init__(self, keeper: EngineKeeper, gates: GatesConfig) -> None:
+        self._keeper = keeper
+        self._gates = gates
+
+    @property
+    def name(self) -> str:
+        return self._keeper.bundle.name
+
+    @property
+    def engine(self) -> str | None:
+        return self._keeper.engine
+
+    @property
+    def gates(self) -> Gates:
+        return choose_gates(self._gates, self._keeper.bundle)
+
+
 def transcribe_files(config: Config, paths: Sequence[str]) -> Iterator[tuple[str, Transcript | EdgeAsrError]]:
     """Yield every file's transcripts, or the error that a file met; the others are done all the same."""
     bundle = read_bundle(config.model)
@@ -123,6 +147,7 @@ class Daemon:
         self._describing = threading.Lock()
         self._outbox = make_outbox(config)
         self._publisher = self._make_publisher() if config.mqtt.enabled else None
+        self._server = self._make_server()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._sources: list[WatchedSource] = []
         self._failures: list[EdgeAsrError] = []
@@ -160,17 +185,55 @@ class Daemon:
             changed=self._publish_state,
         )
 
+    def _make_server(self) -> SpeechServer | None:
+        """Return the speech server; None: it is not wanted. Raises ConfigError."""
+        config = self._config
+        if not (config.http.enabled or config.wyoming.enabled or config.funasr.enabled):
+            return None
+        try:
+            from edge_asr.serve.server import SpeechServer
+        except ImportError as error:
+            asked_for = {"http", "wyoming", "funasr"} & config.model_fields_set
+            if asked_for:
+                raise ConfigError(
+                    f"{min(asked_for)}: {error.name} is not installed: pip install 'edge-asr[serve,wyoming]', or set"
+                    " enabled to false"
+                ) from error
+            log.info("no speech server: %s is not installed (pip install 'edge-asr[serve,wyoming]')", error.name)
+            return None
+        limits = config.http.limits
+        hearing = Hearing(
+            segment_rules(config.segment),
+            {name: Pauses(ENDPOINTS[name], content_endpoint(config.segment, name)) for name in ENDPOINTS},
+            lambda: self._controls.preset,
+            config.segment.partial_interval_ms,
+            SileroDetector,
+            lambda: self._device.strain,
+        )
+        service = SpeechService(
+            self._keeper.scheduler,
+            _Answering(self._keeper, config.gates),
+            hearing,
+            self._budget,
+            config.device_id,
+            streams=limits.streams,
+            wait_s=limits.wait_s,
+        )
+        return SpeechServer(service, config.http, config.wyoming, config.funasr, self._describe, self._publish_state)
+
     def _wake_publisher(self) -> None:
         if self._publisher is not None:
             self._publisher.wake()
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[Daemon]:
-        """Start publisher, engine and listeners, in this order, and stop them in reverse."""
+        """Start publisher, server, engine and listeners, in this order, and stop them in reverse."""
         self._loop = asyncio.get_running_loop()
         reloading: asyncio.Task[None] | None = None
         try:
             self._start_publisher()
+            if self._server is not None:
+                self._server.start()
             if await self._start_engine():
                 self._start_listeners()
                 self._notifier.ready()
@@ -187,10 +250,17 @@ class Daemon:
             self._ending = True
             self._notifier.stopping()
             await self._stop_listeners()
+            if self._server is not None:
+                await asyncio.to_thread(self._server.close, self._drain_left_s())
             await self._stop_engine()  # which ends a reload, too
             if reloading is not None:
                 reloading.cancel()
             await self._stop_publisher()
+
+    @property
+    def ports(self) -> Mapping[str, int]:
+        """The ports that the speech server has opened, by the section of the configuration."""
+        return {} if self._server is None else self._server.ports.copy()
 
     @property
     def scheduler(self) -> Scheduler:
@@ -471,7 +541,8 @@ class Daemon:
             return "starting", self._keeper.why or "the model is loading"
         sources = (source.trouble for source in self._sources)
         broker = "" if self._publisher is None else self._publisher.trouble
-        others = (self._late_watch.why, self._device.strain, broker, self._outbox.stats().trouble)
+        server = "" if self._server is None else self._server.trouble
+        others = (self._late_watch.why, self._device.strain, broker, self._outbox.stats().trouble, server)
         troubles = "; ".join(filter(None, (self._controls.trouble, *sources, *others)))
         lesser = "; ".join(filter(None, (self._keeper.why, self._reload_failure)))
         return ("degraded", troubles) if troubles else ("ready", lesser)

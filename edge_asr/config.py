@@ -21,6 +21,7 @@ from pydantic import (
 from edge_asr.catalogue import BUNDLED, CATALOGUE
 from edge_asr.config_fields import Integer, Number, Section, UserPath
 from edge_asr.config_mqtt import HermesConfig, HomeAssistantConfig, MqttConfig, OutboxConfig
+from edge_asr.config_server import FunasrConfig, HttpConfig, WyomingConfig
 from edge_asr.errors import ConfigError
 
 BUNDLED_MODEL = Path(__file__).resolve().parents[1] / "engines" / BUNDLED.name
@@ -159,6 +160,8 @@ class EngineConfig(Section):
     """Threads of one inference; 0 takes one for each physical core."""
     gpu: Integer = Field(default=0, ge=0, le=63)
     """Which GPU, by its number."""
+    batch_wait_ms: Number = Field(default=0.0, ge=0, le=100)
+    """How long a request of the network waits for company, on an engine that takes several at a time."""
     tensorrt: TensorRtConfig = TensorRtConfig()
     cuda: CudaConfig = CudaConfig()
 
@@ -308,6 +311,9 @@ class Config(Section):
     outbox: OutboxConfig = OutboxConfig()
     home_assistant: HomeAssistantConfig = HomeAssistantConfig()
     hermes: HermesConfig = HermesConfig()
+    http: HttpConfig = HttpConfig()
+    wyoming: WyomingConfig = WyomingConfig()
+    funasr: FunasrConfig = FunasrConfig()
     drain_s: Number = Field(default=10.0, ge=0, le=300)
     """Seconds that pending work may take when the daemon stops."""
     log: LogConfig = LogConfig()

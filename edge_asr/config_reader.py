@@ -33,6 +33,11 @@ PATH_KEYS = (
     ("mqtt", "tls", "key_file"),
     ("mqtt", "tls", "key_password_file"),
     ("outbox", "file"),
+    ("http", "token_file"),
+    ("http", "tls", "cert_file"),
+    ("http", "tls", "key_file"),
+    ("funasr", "tls", "cert_file"),
+    ("funasr", "tls", "key_file"),
     ("sources", "*", "path"),
 )
 """Keys that hold a path: in a file they are relative to that file's folder, elsewhere to the working directory."""

@@ -19,6 +19,27 @@ class AudioError(EdgeAsrError):
     exit_code = 2
 
 
+class NotReadyError(EdgeAsrError):
+    """Nothing can be recognised yet, or any more."""
+
+
+class BusyError(EdgeAsrError):
+    """There is more to do than can be done in time."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        """`retry_after_s`: when it may be worth asking again."""
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class TooManyStreamsError(BusyError):
+    """As many streams are listened to as may be."""
+
+
+class StreamEndedError(EdgeAsrError):
+    """Sound for a stream that has ended."""
+
+
 class BundleError(EdgeAsrError):
     """A model on disk is missing, damaged or of an unknown kind."""
 

@@ -47,6 +47,8 @@ class Pace:
     """Audio that may wait for its recognition before the oldest is given up; None: the source can wait instead."""
     partial_interval_ms: int = 0
     """How often what is being said is decoded; 0: never."""
+    of_network: bool = False
+    """Microphones of this machine are answered before it."""
 
 
 @dataclass(slots=True)
@@ -144,6 +146,8 @@ class Listener:
                 raise failure
         finally:
             self._source.close()
+            if self._open is not None:  # cancelled in the middle
+                self._close(self._open)
             answering.cancel()
             await asyncio.gather(answering, return_exceptions=True)  # it offers what is lost
 
@@ -338,7 +342,7 @@ class Listener:
     def _priority(self) -> Priority:
         """Return that of a microphone, unless it turns out to be a file that is piped in faster than time passes."""
         can_wait = self._pace.backlog_s is None
-        if not self._pace.live or (can_wait and self._ahead_s > FILE_AHEAD_S):
+        if self._pace.of_network or not self._pace.live or (can_wait and self._ahead_s > FILE_AHEAD_S):
             return Priority.NETWORK
         return Priority.MICROPHONE
 

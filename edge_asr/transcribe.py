@@ -47,25 +47,32 @@ def transcribe(
         yield _whole(np.concatenate([SILENCE, *head]), recognizer, detector, rules, labels)
         return
     found = False
-    for index, samples in _segments(chain(head, blocks), detector, rules):
+    for index, samples in segments(chain(head, blocks), detector, rules):
         found = True
-        yield _transcript(samples, index, recognizer.recognize(samples), labels)
+        yield transcript_at(index, samples, recognizer.recognize(samples), labels)
     if not found:
-        yield _transcript(SILENCE, 0, _nothing(recognizer), labels)
+        yield transcript_at(0, SILENCE, nothing(recognizer.engine), labels)
 
 
 def _whole(
     samples: Samples, recognizer: NamedRecognizer, detector: SpeechDetector, rules: Rules, labels: Labels
 ) -> Transcript:
-    spoken = next(_segments(iter([samples]), detector, rules), None) is not None
-    return _transcript(samples, 0, recognizer.recognize(samples) if spoken else _nothing(recognizer), labels)
+    spoken = is_spoken(samples, detector, rules)
+    recognition = recognizer.recognize(samples) if spoken else nothing(recognizer.engine)
+    return transcript_at(0, samples, recognition, labels)
 
 
-def _nothing(recognizer: NamedRecognizer) -> Recognition:
-    return Recognition("", (), None, engine=recognizer.engine)
+def nothing(engine: str) -> Recognition:
+    """Return what is recognised where there is no speech."""
+    return Recognition("", (), None, engine=engine)
 
 
-def _segments(blocks: Iterator[Samples], detector: SpeechDetector, rules: Rules) -> Iterator[tuple[int, Samples]]:
+def is_spoken(samples: Samples, detector: SpeechDetector, rules: Rules) -> bool:
+    """Tell whether there is speech in `[n]` samples."""
+    return next(segments(iter([samples]), detector, rules), None) is not None
+
+
+def segments(blocks: Iterator[Samples], detector: SpeechDetector, rules: Rules) -> Iterator[tuple[int, Samples]]:
     """Yield the segments of a stream of samples, each with the position of its first sample."""
     segmenter, recording, chunker = Segmenter(rules), Recording(), Chunker(lambda index: index / SAMPLE_RATE)
 
@@ -90,6 +97,7 @@ def _cut(recording: Recording, event: Ended | Split) -> tuple[int, Samples]:
     return first.index, recording.samples(event.start, event.end)
 
 
-def _transcript(samples: Samples, index: int, recognition: Recognition, labels: Labels) -> Transcript:
+def transcript_at(index: int, samples: Samples, recognition: Recognition, labels: Labels) -> Transcript:
+    """Return the transcript of samples, of which the first has this index in its source."""
     segment = Segment(new_segment_id(), 0, samples, index, speech_ratio=1.0, started_at=None, marks=None)
     return transcript_of(segment, recognition, labels)

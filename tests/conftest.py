@@ -23,6 +23,8 @@ from daemons import Daemon, Start
 from mosquitto import PATIENCE_S, Mosquitto, find_program
 from pulse import MICROPHONE, PulseServer, missing_parts
 
+from edge_asr.config import Config
+from edge_asr.config_server import HttpConfig
 from edge_asr.engine import trial
 from edge_asr.engine.build import build_engine
 from edge_asr.loader import engine_folder
@@ -41,6 +43,18 @@ def state_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         bundle = read_bundle(BUNDLE)
         build_engine(bundle, FP32, engine_folder(bundle, folder / "edge_asr"), threads=1)
         yield folder / "edge_asr"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_server_unless_asked_for() -> Iterator[None]:
+    """Open no port where a test says nothing of it: several daemons would want the same one."""
+    field = Config.__pydantic_fields__["http"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EDGE_ASR_HTTP__ENABLED", "false")
+        patch.setattr(field, "default", HttpConfig(enabled=False))
+        Config.model_rebuild(force=True)
+        yield
+    Config.model_rebuild(force=True)
 
 
 @pytest.fixture(scope="session", autouse=True)

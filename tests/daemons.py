@@ -29,7 +29,7 @@ class Daemon:
     def __init__(self, log: Path, port: int, *arguments: str, program: Sequence[str] = ("-m", "edge_asr")) -> None:
         self._log = log
         quick = [f"mqtt.port={port}", "device_id=hall", "mqtt.reconnect_min_s=0.05", "mqtt.reconnect_max_s=0.1"]
-        quick += [f"outbox.file={log.with_suffix('.sqlite3')}", "home_assistant.enabled=false"]
+        quick += [f"outbox.file={log.with_suffix('.sqlite3')}", "home_assistant.enabled=false", "http.enabled=false"]
         options = [part for option in quick for part in ("-o", option)]
         command = [sys.executable, "-W", "error", *program, "run", *options, *arguments]
         environment = {key: value for key, value in os.environ.items() if not key.startswith("EDGE_ASR_")}

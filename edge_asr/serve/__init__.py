@@ -1,0 +1,1 @@
+"""The speech server: the engine for the machines around it, in the dialects that they speak."""
