@@ -87,7 +87,7 @@ def serving(**sections: Any) -> Iterator[Serving]:
     def work() -> None:
         try:
             asyncio.run(run())
-        except BaseException as error:  # told on the thread of the test
+        except BaseException as error:  # noqa: BLE001 - told on the thread of the test
             failures.append(error)
         finally:
             ready.set()
