@@ -196,10 +196,10 @@ class Daemon:
             asked_for = {"http", "wyoming", "funasr"} & config.model_fields_set
             if asked_for:
                 raise ConfigError(
-                    f"{min(asked_for)}: {error.name} is not installed: pip install 'edge-asr[serve,wyoming]', or set"
+                    f"{min(asked_for)}: {error.name} is not installed: pip install 'edge-asr[serve]', or set"
                     " enabled to false"
                 ) from error
-            log.info("no speech server: %s is not installed (pip install 'edge-asr[serve,wyoming]')", error.name)
+            log.info("no speech server: %s is not installed (pip install 'edge-asr[serve]')", error.name)
             return None
         limits = config.http.limits
         hearing = Hearing(
