@@ -40,6 +40,14 @@ class StreamEndedError(EdgeAsrError):
     """Sound for a stream that has ended."""
 
 
+class TooLongAudioError(AudioError):
+    """A recording is longer than is allowed."""
+
+
+class DecoderDiedError(AudioError):
+    """Decoding a recording took more than is allowed."""
+
+
 class BundleError(EdgeAsrError):
     """A model on disk is missing, damaged or of an unknown kind."""
 
