@@ -43,6 +43,8 @@ RESPONSE = Histogram(
     buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 1, 2, 5, 10),
 )
 
+REFUSED = Counter("edge_asr_requests_refused", "Requests of the network not let in, by the reason.", ["reason"])
+
 ENGINE = Gauge("edge_asr_engine", "1 for the engine that answers, 0 for the others.", ["engine"])
 STEPS_DOWN = Counter("edge_asr_engine_steps_down", "Engines left for a lesser one, by the engine.", ["engine"])
 DECODED_AGAIN = Counter("edge_asr_decoded_again", "Segments that an engine failed on and a lesser one decoded.")
@@ -67,6 +69,8 @@ for _gate in ("empty", "confidence", "speech_ratio", "rate"):
     GATED.labels(_gate)
 for _step in STEPS:
     ENFORCED.labels(_step)
+for _reason in ("requests", "wait"):
+    REFUSED.labels(_reason)
 for _mode in ("push_to_talk", "phrase"):
     UNADDRESSED.labels(_mode)
 for _engine in ENGINES:

@@ -124,6 +124,10 @@ class SpeechService:
         """How many streams are listened to."""
         return len(self._streams)
 
+    def backlog_s(self) -> float:
+        """Return how many seconds of work wait for the engine, the microphones' included, as far as can be told."""
+        return self.scheduler.backlog_ms(Priority.NETWORK) / 1e3
+
     async def transcribe(self, samples: Samples, source: str) -> AsyncGenerator[Transcript, None]:
         """Yield the transcripts of a whole recording (`[n]` float32, 16 kHz) in order, as they come, at least one.
 

@@ -113,13 +113,16 @@ class Scheduler:
         self._put(request)
         return request.answer
 
-    def backlog_ms(self) -> float:
-        """Return how many milliseconds of microphones' requests wait or run, as far as can be told."""
+    def backlog_ms(self, least: Priority = Priority.MICROPHONE) -> float:
+        """Return how many milliseconds of requests of this priority, or a higher one, wait or run, as far as is known.
+
+        It is less where they share runs.
+        """
         with self._lock:
-            asked = [one.seconds for one in self._waiting if one.priority == Priority.MICROPHONE]
+            asked = [one.seconds for one in self._waiting if one.priority <= least]
             run = self._running
         backlog = sum(map(self.costs.estimate_ms, asked))
-        if run is not None and run.priority == Priority.MICROPHONE:
+        if run is not None and run.priority <= least:
             backlog += run.left_ms(time.monotonic())
         return backlog
 

@@ -119,13 +119,11 @@ class SpeechServer:
             await self._service.close()
             await decoders.close()
 
-    def _sections(
-        self, decoders: Decoders
-    ) -> Sequence[tuple[str, HttpConfig | WyomingConfig | FunasrConfig, Open]]:
+    def _sections(self, decoders: Decoders) -> Sequence[tuple[str, HttpConfig | WyomingConfig | FunasrConfig, Open]]:
         limits = self._http.limits
 
         async def open_http(sock: socket.socket) -> Port:
-            admission = Admission(self._service.scheduler, limits.wait_s)
+            admission = Admission(limits.wait_s, self._service.backlog_s)
             context = Context(self._service, self._http, decoders, admission, self._access, self._health)
             return await _Uvicorn.open(make_app(context), sock, limits, self._http.tls)
 

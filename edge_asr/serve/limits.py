@@ -1,0 +1,174 @@
+"""What every request passes before its route: who asks, how often, and with how much. Pure ASGI."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import HTTPConnection
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from edge_asr.config_server import LimitsConfig
+from edge_asr.serve.access import Access
+from edge_asr.serve.errors import RefusedError
+
+OPEN = ("/healthz", "/readyz", "/login")
+"""What nobody needs a token for."""
+SAFE = ("GET", "HEAD", "OPTIONS")
+REMEMBERED = 4_096
+"""Addresses whose rate is known; of the others too little has come to matter."""
+IPV6_PREFIX = 64
+"""One client has so many of its bits, and all addresses below."""
+MB = 1_000_000
+HEADERS = {
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-store",
+    "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
+}
+"""For every answer that does not say otherwise: nothing of it is a page."""
+POLICY_VIOLATION = 1008
+
+
+class Rates:
+    """How often each address may ask: a bucket each, that fills again with time."""
+
+    def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._per_s = per_minute / 60
+        self._most = max(1.0, per_minute / 6)
+        """Ten seconds' worth may come at once."""
+        self._clock = clock
+        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
+
+    def take(self, address: str) -> float:
+        """Count a request; return 0 where it may be, else the seconds until it may."""
+        now, client = self._clock(), client_of(address)
+        left, at = self._buckets.pop(client, (self._most, now))
+        left = min(self._most, left + (now - at) * self._per_s)
+        wait_s = 0.0 if left >= 1 else (1 - left) / self._per_s
+        self._buckets[client] = (left - (not wait_s), now)
+        if len(self._buckets) > REMEMBERED:
+            self._buckets.popitem(last=False)
+        return wait_s
+
+
+def client_of(address: str) -> str:
+    """Return whom an address belongs to: IPv6 gives each of them many."""
+    try:
+        found = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    if isinstance(found, ipaddress.IPv6Address) and found.ipv4_mapped is None:
+        return str(ipaddress.ip_network((found, IPV6_PREFIX), strict=False))
+    return str(found)
+
+
+class Gate:
+    """Lets a request through to the application, or answers it itself."""
+
+    def __init__(self, app: ASGIApp, access: Access, limits: LimitsConfig) -> None:
+        self._app = app
+        self._access = access
+        self._limits = limits
+        self._rates = Rates(limits.requests_per_minute)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI."""
+        if scope["type"] not in ("http", "websocket"):
+            await self._app(scope, receive, send)
+            return
+        try:
+            self._check(HTTPConnection(scope))
+        except RefusedError as refused:
+            await _refuse(refused, scope, receive, send)
+            return
+        if scope["type"] == "websocket":
+            await self._app(scope, receive, send)
+            return
+        body = _Body(receive, self._limits)
+        await self._app(scope, body.receive, _with_headers(send))
+
+    def _check(self, connection: HTTPConnection) -> None:
+        """Raise RefusedError where it may not be answered."""
+        client = "" if connection.client is None else connection.client.host
+        if wait_s := self._rates.take(client):
+            most = self._limits.requests_per_minute
+            raise RefusedError(429, f"more than {most} requests a minute; ask less often", retry_after_s=wait_s)
+        if not self._access.is_meant(connection):
+            raise RefusedError(421, "this server goes by another name; use its address, or set http.host")
+        if connection.url.path not in OPEN and not self._access.allows(connection):
+            raise RefusedError(401, "a token is needed: Authorization: Bearer TOKEN", code="invalid_api_key")
+        changes = connection.scope["type"] == "websocket" or connection.scope["method"] not in SAFE
+        if changes and not self._access.has_good_origin(connection):
+            raise RefusedError(403, "pages of this origin may not ask here; add it to http.origins", code="bad_origin")
+        announced = connection.headers.get("content-length", "0")
+        if not announced.isdecimal() or int(announced) > self._limits.body_mb * MB:
+            raise self._too_large()
+
+    def _too_large(self) -> RefusedError:
+        return too_large(self._limits)
+
+
+def too_large(limits: LimitsConfig) -> RefusedError:
+    """Return what is said of an upload that is too large."""
+    return RefusedError(413, f"more than {limits.body_mb:g} MB; cut it, or raise http.limits.body_mb", code="too_large")
+
+
+class _Body:
+    """The body of a request, which must come in time and must not be larger than is allowed, whatever was announced."""
+
+    def __init__(self, receive: Receive, limits: LimitsConfig) -> None:
+        self._receive = receive
+        self._limits = limits
+        self._size = 0
+        self._ended = False
+        self._late_at = asyncio.get_running_loop().time() + limits.body_s
+
+    async def receive(self) -> Message:
+        """Return the next part; raises RefusedError. After the last one this waits for the client to go."""
+        if self._ended:
+            return await self._receive()
+        left_s = self._late_at - asyncio.get_running_loop().time()
+        try:
+            message = await asyncio.wait_for(self._receive(), max(0.0, left_s))
+        except asyncio.TimeoutError:
+            raise RefusedError(408, f"the body did not come within {self._limits.body_s:g} s; send it faster") from None
+        self._size += len(message.get("body", b""))
+        self._ended = not message.get("more_body", False)
+        if self._size > self._limits.body_mb * MB:
+            raise too_large(self._limits)
+        return message
+
+
+def _with_headers(send: Send) -> Send:
+    async def add(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = MutableHeaders(scope=message)
+            for name, value in HEADERS.items():
+                headers.setdefault(name, value)
+        await send(message)
+
+    return add
+
+
+async def _refuse(refused: RefusedError, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer without reading a body, and close the connection after it."""
+    if scope["type"] == "websocket" and "websocket.http.response" not in scope.get("extensions", {}):
+        await receive()  # the handshake
+        await send({"type": "websocket.close", "code": POLICY_VIOLATION, "reason": refused.message[:120]})
+        return
+    response = refused.response()
+    for name, value in {**HEADERS, "connection": "close"}.items():
+        response.headers.setdefault(name, value)
+    if scope["type"] == "websocket":
+        await receive()
+    await response(scope, receive, _with_headers(send) if scope["type"] == "http" else send)
+
+
+def content_type(headers: Headers) -> str:
+    """Return the media type of a body, without its parameters."""
+    return headers.get("content-type", "").partition(";")[0].strip().lower()
