@@ -111,7 +111,7 @@ ALSO_ALLOWED = {
     ("cli_subscribe", "cli_subscribe_view"),
 }
 """Imports inside one layer."""
-SERVE_SEES = ("service", "audio.decoders")
+SERVE_SEES = ("service", "audio.decoders", "recognizer.tokens")
 """What `serve` may import beside layers 0 and 1."""
 DEVICE_LIBRARIES = {
     "tensorrt": {"recognizer.tensorrt_network", "recognizer.tensorrt_plan", "engine.tensorrt_build", "doctor.probe"},

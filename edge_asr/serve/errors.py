@@ -20,7 +20,7 @@ INVALID, AUTHENTICATION, RATE, SERVER = (
 )  # fmt: skip
 KINDS = {401: AUTHENTICATION, 403: AUTHENTICATION, 429: RATE}
 RETRY_S = 5.0
-UNREAD = (408, 413, 429)
+UNREAD = (408, 413, 429, 503)
 """After these the rest of a body is not read, so the connection ends."""
 
 

@@ -7,6 +7,7 @@ import ipaddress
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import HTTPConnection
@@ -24,6 +25,8 @@ REMEMBERED = 4_096
 IPV6_PREFIX = 64
 """One client has so many of its bits, and all addresses below."""
 MB = 1_000_000
+UPLOADS = 8
+"""So many of the largest uploads may be in memory at a time."""
 HEADERS = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
@@ -75,6 +78,7 @@ class Gate:
         self._access = access
         self._limits = limits
         self._rates = Rates(limits.requests_per_minute)
+        self._held = _Held(UPLOADS * limits.body_mb * MB)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
@@ -89,8 +93,11 @@ class Gate:
         if scope["type"] == "websocket":
             await self._app(scope, receive, send)
             return
-        body = _Body(receive, self._limits)
-        await self._app(scope, body.receive, _with_headers(send))
+        body = _Body(receive, self._limits, self._held)
+        try:
+            await self._app(scope, body.receive, _with_headers(send))
+        finally:
+            self._held.bytes -= body.size
 
     def _check(self, connection: HTTPConnection) -> None:
         """Raise RefusedError where it may not be answered."""
@@ -107,10 +114,7 @@ class Gate:
             raise RefusedError(403, "pages of this origin may not ask here; add it to http.origins", code="bad_origin")
         announced = connection.headers.get("content-length", "0")
         if not announced.isdecimal() or int(announced) > self._limits.body_mb * MB:
-            raise self._too_large()
-
-    def _too_large(self) -> RefusedError:
-        return too_large(self._limits)
+            raise too_large(self._limits)
 
 
 def too_large(limits: LimitsConfig) -> RefusedError:
@@ -118,13 +122,23 @@ def too_large(limits: LimitsConfig) -> RefusedError:
     return RefusedError(413, f"more than {limits.body_mb:g} MB; cut it, or raise http.limits.body_mb", code="too_large")
 
 
+@dataclass(slots=True)
+class _Held:
+    """Bytes of all bodies that are in memory."""
+
+    most: float
+    bytes: int = 0
+
+
 class _Body:
     """The body of a request, which must come in time and must not be larger than is allowed, whatever was announced."""
 
-    def __init__(self, receive: Receive, limits: LimitsConfig) -> None:
+    def __init__(self, receive: Receive, limits: LimitsConfig, held: _Held) -> None:
         self._receive = receive
         self._limits = limits
-        self._size = 0
+        self._held = held
+        self.size = 0
+        """Bytes that have come."""
         self._ended = False
         self._late_at = asyncio.get_running_loop().time() + limits.body_s
 
@@ -137,10 +151,13 @@ class _Body:
             message = await asyncio.wait_for(self._receive(), max(0.0, left_s))
         except asyncio.TimeoutError:
             raise RefusedError(408, f"the body did not come within {self._limits.body_s:g} s; send it faster") from None
-        self._size += len(message.get("body", b""))
+        self.size += len(message.get("body", b""))
+        self._held.bytes += len(message.get("body", b""))
         self._ended = not message.get("more_body", False)
-        if self._size > self._limits.body_mb * MB:
+        if self.size > self._limits.body_mb * MB:
             raise too_large(self._limits)
+        if self._held.bytes > self._held.most:
+            raise RefusedError(503, "too many uploads at a time; try again later", code="overloaded", retry_after_s=5)
         return message
 
 
