@@ -20,7 +20,15 @@ from edge_asr.errors import EdgeAsrError
 from edge_asr.serve.context import Context
 from edge_asr.serve.errors import RefusedError, refusal_of
 from edge_asr.serve.rest import SOURCE, decoded
-from edge_asr.serve.schemas import ERRORS, ModelOut, ModelsOut, TranscriptionOut, VerboseOut, transcription_form
+from edge_asr.serve.schemas import (
+    ERRORS,
+    REFUSALS,
+    ModelOut,
+    ModelsOut,
+    TranscriptionOut,
+    VerboseOut,
+    transcription_form,
+)
 from edge_asr.serve.subtitles import cues, srt, text_of, vtt, words
 from edge_asr.serve.upload import Upload, collected, read_upload, while_connected
 from edge_asr.types import SAMPLE_RATE, Samples, Transcript
@@ -34,6 +42,7 @@ OWNER = "edge_asr"
 CREATED = 0
 """Nobody knows when a bundle was made."""
 LANGUAGE = re.compile(r"[A-Za-z]{2,3}(-[A-Za-z0-9]+)*")
+LANGUAGES = {"zh": "chinese", "en": "english"}
 CHINESE = re.compile("[\u3400-\u9fff]")
 LEAST = 1e-9
 """Confidence whose logarithm is taken at least."""
@@ -58,7 +67,7 @@ def routes(context: Context) -> APIRouter:
         "/audio/transcriptions",
         operation_id="createTranscription",
         summary="OpenAI's transcriptions",
-        responses={200: _ANSWERS, 404: {**ERRORS[400], "description": "No such model"}, **ERRORS},
+        responses={200: _ANSWERS, 404: _NO_MODEL, **ERRORS},
         openapi_extra={"requestBody": transcription_form()},
     )
     async def transcriptions(request: Request) -> Response:
@@ -73,7 +82,9 @@ def routes(context: Context) -> APIRouter:
             samples, found = await while_connected(request, _transcribed(context, upload))
         return rendered(found, len(samples) / SAMPLE_RATE, wish)
 
-    @router.get("/models", operation_id="listModels", summary="The models", responses={200: {"model": ModelsOut}})
+    @router.get(
+        "/models", operation_id="listModels", summary="The models", responses={200: {"model": ModelsOut}, **REFUSALS}
+    )
     async def models() -> Response:
         return JSONResponse({"object": "list", "data": [_model(context.service.model)]})
 
@@ -81,15 +92,19 @@ def routes(context: Context) -> APIRouter:
         "/models/{name}",
         operation_id="retrieveModel",
         summary="One of them",
-        responses={200: {"model": ModelOut}, 404: {**ERRORS[400], "description": "No such model"}},
+        responses={200: {"model": ModelOut}, 404: _NO_MODEL, **REFUSALS},
+        openapi_extra={"parameters": [_NAME]},
     )
-    async def model(name: str) -> Response:
+    async def model(request: Request) -> Response:
+        name = request.path_params["name"]
         check_model(name, context.service.model)
         return JSONResponse(_model(name))
 
     return router
 
 
+_NAME = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
+_NO_MODEL = {**ERRORS[400], "description": "No such model"}
 _EXAMPLE = {"schema": {"type": "string"}}
 _ANSWERS: dict[str, Any] = {
     "model": TranscriptionOut | VerboseOut,
@@ -173,7 +188,7 @@ def rendered(found: Sequence[Transcript], duration_s: float, wish: Wish) -> Resp
     if wish.form == "text":
         return PlainTextResponse(f"{text_of(found)}\n")
     if wish.form == "srt":
-        return PlainTextResponse(srt(found), media_type="application/x-subrip")
+        return PlainTextResponse(srt(found), media_type="application/x-subrip; charset=utf-8")
     if wish.form == "vtt":
         return PlainTextResponse(vtt(found), media_type="text/vtt")
     if wish.form == "verbose_json":
@@ -185,10 +200,10 @@ def rendered(found: Sequence[Transcript], duration_s: float, wish: Wish) -> Resp
 def verbose(found: Sequence[Transcript], duration_s: float, wish: Wish) -> dict[str, Any]:
     """Return the object of verbose_json."""
     text = text_of(found)
-    spoken = "chinese" if CHINESE.search(text) else "english" if text else wish.language or "unknown"
+    spoken = ("zh" if CHINESE.search(text) else "en") if text else (wish.language or "")[:2].lower()
     answer: dict[str, Any] = {
         "task": "transcribe",
-        "language": spoken,
+        "language": LANGUAGES.get(spoken, "unknown"),
         "duration": round(duration_s, 3),
         "text": text,
         "usage": _usage(duration_s),

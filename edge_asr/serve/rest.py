@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 
 from edge_asr.serve.context import Context
 from edge_asr.serve.errors import RefusedError
-from edge_asr.serve.schemas import ERRORS, Recognized, form_or_audio
+from edge_asr.serve.schemas import ERRORS, REFUSALS, Recognized, form_or_audio
 from edge_asr.serve.subtitles import text_of
 from edge_asr.serve.upload import Upload, collected, read_upload, while_connected
 from edge_asr.types import SAMPLE_RATE, Samples, Transcript
@@ -53,7 +53,13 @@ def routes(context: Context) -> APIRouter:
             samples, found = await while_connected(request, transcribed(context, upload))
         return JSONResponse(_recognized(found, len(samples) / SAMPLE_RATE))
 
-    @router.get("/healthz", operation_id="alive", summary="The process answers", tags=["health"], response_model=Alive)
+    @router.get(
+        "/healthz",
+        operation_id="alive",
+        summary="The process answers",
+        tags=["health"],
+        responses={200: {"model": Alive}, **REFUSALS},
+    )
     async def alive() -> Response:
         return JSONResponse({"status": "alive"})
 
@@ -62,7 +68,7 @@ def routes(context: Context) -> APIRouter:
         operation_id="ready",
         summary="Something can be recognised",
         tags=["health"],
-        responses={200: {"model": Ready}, 503: {"model": Ready, "description": "Not yet"}},
+        responses={**REFUSALS, 200: {"model": Ready}, 503: {"model": Ready, "description": "Not yet"}},
     )
     async def ready() -> Response:
         state = context.health()

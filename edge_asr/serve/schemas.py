@@ -145,7 +145,9 @@ _MEANINGS = {
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": Failure, "description": meaning} for status, meaning in _MEANINGS.items()
 }
-"""What every route may answer."""
+"""What a route that takes audio may answer."""
+REFUSALS: dict[int | str, dict[str, Any]] = {status: ERRORS[status] for status in (401, 403, 421, 429)}
+"""What any other may."""
 BINARY: dict[str, Any] = {"type": "string", "format": "binary"}
 _FILE: dict[str, Any] = {**BINARY, "description": "audio of any format, or a video with sound"}
 

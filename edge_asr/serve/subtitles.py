@@ -44,7 +44,7 @@ def words(transcript: Transcript) -> list[Span]:
 
 
 def cues(transcript: Transcript) -> list[Span]:
-    """Return what can be read at a time: up to a pause, and never too much. Without times it is the whole transcript."""
+    """Return what can be read at a time: up to a pause, and never too much. Where there are no times: all of it."""
     timed = all(token.start_ms is not None and token.end_ms is not None for token in transcript.tokens)
     found: list[list[_Word]] = []
     for word in _words(transcript):
