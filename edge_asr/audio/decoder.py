@@ -31,7 +31,7 @@ def main() -> None:
     """Decode one job after another until standard input ends. Arguments: MB of memory, seconds of CPU for a job."""
     memory_mb, cpu_s = int(sys.argv[1]), float(sys.argv[2])
     jobs, answers = sys.stdin.buffer, sys.stdout.buffer
-    _warm_up()
+    _answer(io.BytesIO(), "", 0.0, lambda kind, body: None)  # loads what decoding loads, before memory is limited
     _confine(memory_mb)
     while head := jobs.read(HEADER.size):
         size, longest_s, name_size = HEADER.unpack(head)
@@ -63,15 +63,6 @@ def _answer(file: BinaryIO, name: str, longest_s: float, send: Callable[[bytes, 
 def _send(answers: BinaryIO, kind: bytes, body: bytes | memoryview) -> None:
     answers.write(FRAME.pack(kind, len(body)))
     answers.write(body)
-
-
-def _warm_up() -> None:
-    """Load what decoding loads, before memory is limited."""
-    import av
-    import soxr
-
-    soxr.ResampleStream(48_000, SAMPLE_RATE, 1, dtype="float32")
-    av.codec.Codec("pcm_s16le", "r")
 
 
 def _confine(memory_mb: int) -> None:
