@@ -1,299 +1,341 @@
-"""Wyoming: Home Assistant's Assist uses this machine as its speech-to-text."""
+"""Wyoming: Home Assistant's Assist uses the appliance as its speech-to-text.
+
+What is said is listened to as it comes: the text is there when the client says that it is over, and the silence at the
+end, of which a model makes words, is not decoded.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import itertools
 import logging
 import socket
-from collections import Counter, OrderedDict
+import warnings
 from collections.abc import Awaitable, Callable
 
-from wyoming.asr import Transcribe, Transcript, TranscriptChunk, TranscriptStart, TranscriptStop
-from wyoming.audio import AudioChunk, AudioStart, AudioStop
+from wyoming.asr import Transcript, TranscriptChunk, TranscriptStart, TranscriptStop
 from wyoming.error import Error
-from wyoming.event import Event, async_read_event, async_write_event
-from wyoming.info import AsrModel, AsrProgram, Attribution, Describe, Info
-from wyoming.ping import Ping, Pong
+from wyoming.event import Event, Eventable
+from wyoming.ping import Pong
 
 from edge_asr import __version__
 from edge_asr.config_server import LimitsConfig, WyomingConfig
-from edge_asr.errors import EdgeAsrError
+from edge_asr.errors import BusyError, EdgeAsrError, NotReadyError
 from edge_asr.serve.access import AllowedNetworks
-from edge_asr.serve.announce import Announcement, announce
-from edge_asr.serve.connections import most_connections
-from edge_asr.serve.limits import client_of
+from edge_asr.serve.announce import Announcement
+from edge_asr.serve.connections import is_crowded, most_connections
 from edge_asr.serve.pcm import PcmStream
-from edge_asr.serve.replies import Deltas, Replies
-from edge_asr.service import SpeechService, SpeechStream
-from edge_asr.types import Partial
+from edge_asr.serve.replies import Deltas
+from edge_asr.serve.wyoming_events import LINE_BYTES, BadEventError, bytes_of, number_in, read_event, text_in
+from edge_asr.service import SpeechService
+from edge_asr.types import SAMPLE_RATE, Partial
+from edge_asr.types import Transcript as Said
+
+with warnings.catch_warnings():  # of a module of Python that the library is about to do without
+    warnings.simplefilter("ignore", DeprecationWarning)
+    from wyoming.info import AsrModel, AsrProgram, Attribution, Info
 
 log = logging.getLogger(__name__)
 
-SOURCE = "wyoming"
-PRESET = "relaxed"
-"""The client tells where an utterance ends: a pause in it is none."""
 LANGUAGES = ["zh", "en"]
-LINE_BYTES = 65_536
-"""The longest line of JSON."""
-DATA_BYTES = 262_144
-PAYLOAD_BYTES = 1 << 20
-"""The longest sound at a time: half a minute."""
+"""What Paraformer understands."""
+PRESET = "relaxed"
+"""The client tells where an utterance ends: short pauses in it are none. What is decoded at each is a head start."""
+AT_ONCE = 32_768
+"""Bytes of sound that are converted before others get their turn."""
+UNREAD_BYTES = 1 << 18
+"""Of answers that a client may leave unread; beyond that it counts as gone."""
+RETRY_S = 5.0
+"""When it may be worth speaking again."""
 TOLD = 256
-"""Strangers that were logged, and are not again."""
-URL = "https://github.com/modelscope/FunASR"
-
-
-class ProtocolError(Exception):
-    """What a client sent makes no sense, or is too much."""
-
-
-class WyomingServer:
-    """Takes connections until it is closed."""
-
-    def __init__(self, service: SpeechService, config: WyomingConfig, limits: LimitsConfig) -> None:
-        self._service = service
-        self._networks = AllowedNetworks(config.allow_networks)
-        self._limits = limits
-        self._most = most_connections(limits)
-        self._clients: dict[asyncio.Task[None], str] = {}
-        self._strangers: OrderedDict[str, None] = OrderedDict()
-        self._server: asyncio.Server | None = None
-        self._announcement: Announcement | None = None
-
-    async def open(self, sock: socket.socket, config: WyomingConfig) -> None:
-        """Listen on a socket."""
-        self._server = await asyncio.start_server(self._serve, sock=sock, limit=LINE_BYTES)
-        self._announcement = await announce(config, sock.getsockname()[1], self._service.model)
-
-    async def close(self, timeout_s: float) -> None:
-        """Take no more; what is under way has so long to end."""
-        assert self._server is not None
-        if self._announcement is not None:
-            await self._announcement.close()
-        self._server.close()
-        if self._clients:
-            await asyncio.wait(self._clients, timeout=timeout_s)
-        for task in tuple(self._clients):
-            task.cancel()
-        await asyncio.gather(*self._clients, return_exceptions=True)
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        address = str(writer.get_extra_info("peername")[0])
-        task = asyncio.current_task()
-        assert task is not None
-        try:
-            if not self._admits(address):
-                writer.transport.abort()
-                return
-            self._clients[task] = client_of(address)
-            await _Client(_Bounded(reader), writer, self._service, self._limits).run()
-        except asyncio.CancelledError:  # the server closes: asyncio's own callback would call it an error
-            pass
-        except (OSError, asyncio.IncompleteReadError):
-            pass  # it has gone
-        finally:
-            self._clients.pop(task, None)
-            writer.close()
-            with contextlib.suppress(OSError):
-                await writer.wait_closed()
-
-    def _admits(self, address: str) -> bool:
-        if not self._networks.admits(address):
-            if address not in self._strangers:
-                log.warning("wyoming: %s may not come; add its network to wyoming.allow_networks", address)
-                self._strangers[address] = None
-                if len(self._strangers) > TOLD:
-                    self._strangers.popitem(last=False)
-            return False
-        there = Counter(self._clients.values())[client_of(address)]
-        local = AllowedNetworks(()).admits(address)
-        return len(self._clients) < self._most and (local or there < self._limits.connections_per_client)
+"""Addresses that were refused, and are known: each is logged once, and beyond so many none."""
+PARAFORMER = Attribution("FunASR", "https://github.com/modelscope/FunASR")
 
 
 async def serve_wyoming(
     service: SpeechService, config: WyomingConfig, limits: LimitsConfig, sock: socket.socket
 ) -> WyomingServer:
-    """Serve on a socket that is bound."""
+    """Serve on a socket that is bound to its port."""
     server = WyomingServer(service, config, limits)
-    await server.open(sock, config)
+    await server.open(sock)
     return server
 
 
-class _Bounded:
-    """A reader from which nobody reads more than is allowed; the library reads as much as a client announces."""
+class WyomingServer:
+    """Wyoming on one port."""
 
-    def __init__(self, reader: asyncio.StreamReader) -> None:
-        self._reader = reader
+    def __init__(self, service: SpeechService, config: WyomingConfig, limits: LimitsConfig) -> None:
+        self._service = service
+        self._config = config
+        self._limits = limits
+        self._most = most_connections(limits)
+        self._networks = AllowedNetworks(config.allow_networks)
+        self._refused: set[str] = set()
+        self._connections: dict[_Connection, asyncio.Task[None]] = {}
+        self._numbers = itertools.count(1)
+        self._server: asyncio.Server | None = None
+        self._announcement: Announcement | None = None
 
-    async def readline(self) -> bytes:
-        return await self._reader.readline()
+    @property
+    def connections(self) -> int:
+        """How many are open."""
+        return len(self._connections)
 
-    async def readexactly(self, size: int) -> bytes:
-        if size > PAYLOAD_BYTES:
-            raise ProtocolError(f"{size} bytes at a time; {PAYLOAD_BYTES} are the most")
-        return await self._reader.readexactly(size)
+    async def open(self, sock: socket.socket) -> None:
+        """Take connections from now on."""
+        self._server = await asyncio.start_server(self._meet, sock=sock, limit=LINE_BYTES)
+        self._announcement = Announcement.of(self._config, sock)
+
+    async def close(self, timeout_s: float) -> None:
+        """Take no more; who is being listened to may finish within so many seconds."""
+        if self._server is not None:
+            self._server.close()
+        if self._announcement is not None:
+            await self._announcement.close()
+        for connection, task in self._connections.items():
+            connection.leaves = True
+            if not connection.busy:
+                task.cancel()
+        if tasks := tuple(self._connections.values()):
+            await asyncio.wait(tasks, timeout=timeout_s)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _meet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        peer = writer.get_extra_info("peername")
+        address = str(peer[0]) if peer else ""
+        if not self._networks.admits(address):
+            self._tell_refused(address)
+            writer.transport.abort()
+            return
+        connection = _Connection(self._service, self._limits, reader, writer, f"wyoming {next(self._numbers)}")
+        task = asyncio.current_task()
+        assert task is not None
+        self._connections[connection] = task
+        try:
+            if is_crowded(set(self._connections), address, self._limits, self._most):
+                log.debug("wyoming: too many connections, or too many from %s", address)
+                writer.transport.abort()
+            else:
+                await connection.run()
+        except asyncio.CancelledError:  # the server closes; asyncio's own callback would call it an error
+            writer.transport.abort()
+        finally:
+            del self._connections[connection]
+
+    def _tell_refused(self, address: str) -> None:
+        if address not in self._refused and len(self._refused) < TOLD:
+            self._refused.add(address)
+            log.warning("wyoming: %s may not come; if it should, add its network to wyoming.allow_networks", address)
 
 
-class _Client:
-    """One connection: utterance after utterance."""
+class _Connection:
+    """What one client asks, event by event."""
 
     def __init__(
-        self, reader: _Bounded, writer: asyncio.StreamWriter, service: SpeechService, limits: LimitsConfig
+        self,
+        service: SpeechService,
+        limits: LimitsConfig,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        name: str,
     ) -> None:
-        self._reader = reader
-        self._writer = writer
         self._service = service
         self._limits = limits
+        self._reader = reader
+        self._writer = writer
+        self._name = name
         self._utterance: _Utterance | None = None
+        self.client = writer.get_extra_info("peername")
+        """Address and port; see `is_crowded`."""
+        self.leaves = False
+        """It ends with what is being said."""
+        self._answers: dict[str, Callable[[Event], Awaitable[None]]] = {
+            "describe": self._describe,
+            "ping": self._ping,
+            "transcribe": self._transcribe,
+            "audio-start": self._start,
+            "audio-chunk": self._hear,
+            "audio-stop": self._stop,
+        }
+
+    @property
+    def busy(self) -> bool:
+        """Somebody is speaking, or waits for the text."""
+        return self._utterance is not None
 
     async def run(self) -> None:
-        """Answer events until the client goes."""
+        """Answer until the client goes, says nothing, or what it says makes no sense."""
         try:
-            while (event := await self._next()) is not None:
-                await self._answer(event)
-        except ProtocolError as error:
-            log.debug("a Wyoming client: %s", error)
-            await self._write(Error(str(error), "bad-request").event())
+            while not (self.leaves and not self.busy) and (event := await self._next()) is not None:
+                if (answer := self._answers.get(event.type)) is not None:  # the protocol grows: others are ignored
+                    await answer(event)
+                await self._sent()
+        except BadEventError as error:
+            self._refuse(str(error), "bad-event")
         except EdgeAsrError as error:
-            log.debug("a Wyoming client is told: %s", error)
-            await self._write(Error(str(error), "failed").event())
+            self._refuse(str(error), _code(error))
+        except asyncio.TimeoutError:
+            self._refuse(f"nothing came, or was read, for {self._limits.idle_s:g} s; connect again", "idle")
+        except ConnectionError as error:
+            log.debug("%s: %s", self._name, error)
         finally:
-            if self._utterance is not None:
-                self._utterance.cancel()
+            self._forget()
+            self._leave()
 
     async def _next(self) -> Event | None:
-        """Return the next event; None where there is none. Raises ProtocolError."""
-        try:
-            event = await asyncio.wait_for(async_read_event(self._reader), self._limits.idle_s)  # type: ignore[arg-type]
-        except asyncio.TimeoutError:
-            raise ProtocolError(f"nothing came for {self._limits.idle_s:g} s; connect again") from None
-        except (KeyError, TypeError, AttributeError, RecursionError) as error:  # JSON, but no event
-            raise ProtocolError("that is no event of Wyoming") from error
-        if event is not None and not (isinstance(event.type, str) and isinstance(event.data, dict)):
-            raise ProtocolError("that is no event of Wyoming")
-        return event
+        return await asyncio.wait_for(read_event(self._reader), self._limits.idle_s)
 
-    async def _answer(self, event: Event) -> None:
-        if Describe.is_type(event.type):
-            await self._write(_info(self._service.model).event())
-        elif Ping.is_type(event.type):
-            await self._write(Pong(text=str(event.data.get("text", ""))[:LINE_BYTES]).event())
-        elif Transcribe.is_type(event.type):
-            self._begin()
-        elif AudioStart.is_type(event.type):
-            self._begin().use(*_kind(event))
-        elif AudioChunk.is_type(event.type):
-            utterance = self._utterance or self._begin()
-            utterance.use(*_kind(event))
-            await utterance.hear(event.payload or b"")
-        elif AudioStop.is_type(event.type):
-            utterance, self._utterance = self._utterance or self._begin(), None
-            try:
-                await utterance.finish()
-            finally:
-                utterance.cancel()
+    def _send(self, event: Eventable) -> None:
+        self._writer.write(bytes_of(event))
+        if self._writer.transport.get_write_buffer_size() > UNREAD_BYTES:
+            self._writer.transport.abort()
 
-    def _begin(self) -> _Utterance:
-        """Return the utterance that is being sent; a new one, if nothing of it has come yet."""
-        if self._utterance is not None and self._utterance.begun:
+    async def _sent(self) -> None:
+        """Wait for a client that does not read, but not for ever."""
+        if self._writer.transport.get_write_buffer_size():
+            await asyncio.wait_for(self._writer.drain(), self._limits.idle_s)
+
+    def _refuse(self, text: str, code: str) -> None:
+        log.debug("%s: %s", self._name, text)
+        self._send(Error(text, code))
+
+    def _forget(self) -> None:
+        if self._utterance is not None:
             self._utterance.cancel()
             self._utterance = None
-        if self._utterance is None:
-            self._utterance = _Utterance(self._service, self._write)
+
+    def _leave(self) -> None:
+        """End the connection; a client that does not read what is left has had its time."""
+        self._writer.close()
+        if self._writer.transport.get_write_buffer_size():
+            asyncio.get_running_loop().call_later(self._limits.idle_s, self._writer.transport.abort)
+
+    async def _describe(self, event: Event) -> None:
+        self._send(_info(self._service.model))
+
+    async def _ping(self, event: Event) -> None:
+        text = text_in(event, "text")
+        self._send(Pong(None if text is None else text.encode(errors="replace").decode()))
+
+    async def _transcribe(self, event: Event) -> None:
+        """Nothing can be chosen: there is one model, and it finds the language itself."""
+        for key in ("name", "language"):
+            text_in(event, key)
+
+    async def _start(self, event: Event) -> None:
+        self._forget()
+        self._listen(_pcm_of(event))
+
+    async def _hear(self, event: Event) -> None:
+        pcm = _pcm_of(event)
+        utterance = self._utterance or self._listen(pcm)
+        utterance.take(pcm)
+        await utterance.hear(event.payload or b"")
+
+    async def _stop(self, event: Event) -> None:
+        if self._utterance is None:  # nothing was said
+            for answer in (TranscriptStart(), Transcript(""), TranscriptStop()):
+                self._send(answer)
+            return
+        await self._utterance.finish()
+        self._utterance = None
+
+    def _listen(self, pcm: PcmStream) -> _Utterance:
+        self._utterance = _Utterance(self._service, pcm, self._send, self._name, self._limits.audio_s)
         return self._utterance
-
-    async def _write(self, event: Event) -> None:
-        await asyncio.wait_for(async_write_event(event, self._writer), self._limits.idle_s)
-
-
-_Write = Callable[[Event], Awaitable[None]]
 
 
 class _Utterance:
-    """What is said between audio-start and audio-stop."""
+    """What is said between audio-start and audio-stop, and its text; see TranscriptSink."""
 
-    def __init__(self, service: SpeechService, write: _Write) -> None:
-        self._service = service
-        self._write = write
-        self._replies = Replies()
+    def __init__(
+        self, service: SpeechService, pcm: PcmStream, send: Callable[[Eventable], None], name: str, longest_s: float
+    ) -> None:
+        self._pcm = pcm
+        self._send = send
+        self._longest_s = longest_s
+        self._left = round(longest_s * SAMPLE_RATE)
         self._deltas = Deltas()
-        self._pcm = PcmStream()
-        self._stream: SpeechStream | None = None
-        self._telling: asyncio.Task[None] | None = None
+        self._begun = self._lost = False
+        self._stream = service.stream(self, name, preset=PRESET)
 
-    @property
-    def begun(self) -> bool:
-        """Sound has come."""
-        return self._stream is not None
-
-    def use(self, rate: int, width: int, channels: int) -> None:
-        """Take this kind of sound from now on. Raises ProtocolError."""
-        if self._pcm.kind != (rate, width, channels):
-            try:
-                self._pcm = PcmStream(rate, width, channels)
-            except ValueError as error:
-                raise ProtocolError(str(error)) from error
+    def take(self, pcm: PcmStream) -> None:
+        """Have what follows converted like this, if it is of another kind."""
+        if self._pcm.kind != pcm.kind:
+            self._pcm = pcm
 
     async def hear(self, data: bytes) -> None:
-        """Take sound."""
-        if self._stream is None:
-            self._stream = self._service.stream(self._replies, SOURCE, preset=PRESET)
-            self._telling = asyncio.create_task(self._tell(), name=SOURCE)
-        await self._stream.push(self._pcm.push(data))
+        """Listen to a piece of sound. Waits while too much waits; raises BadEventError where it has become too long."""
+        for start in range(0, len(data), AT_ONCE):
+            samples = self._pcm.push(data[start : start + AT_ONCE])
+            self._left -= len(samples)
+            if self._left < 0:
+                raise BadEventError(f"longer than {self._longest_s:g} s; see http.limits.audio_s")
+            await self._stream.push(samples)
+            await asyncio.sleep(0)
 
     async def finish(self) -> None:
-        """Answer with what was said."""
-        await self.hear(b"")
-        assert self._stream is not None
-        assert self._telling is not None
+        """Send the text. Raises EngineError, and BusyError where there was no time to recognise all of it."""
         await self._stream.push(self._pcm.flush())
         self._stream.end()
         await self._stream.flush()
-        self._replies.end()
-        await self._telling
-        await self._write(Transcript(text=self._deltas.said).event())
-        await self._write(TranscriptStop().event())
+        if self._lost:
+            raise BusyError("there was no time to recognise all of it; say it again", RETRY_S)
+        self._begin()
+        self._send(Transcript(self._deltas.said))
+        self._send(TranscriptStop())
 
     def cancel(self) -> None:
-        """Forget it; may be called more than once."""
-        if self._stream is not None:
-            self._stream.cancel()
-        if self._telling is not None:
-            self._telling.cancel()
+        """Forget it."""
+        self._stream.cancel()
 
-    async def _tell(self) -> None:
-        await self._write(TranscriptStart().event())
-        while (reply := await self._replies.next()) is not None:
-            if isinstance(reply, Partial):
-                delta = "" if reply.end else self._deltas.grow(reply.stable)
-            else:
-                delta = self._deltas.settle(reply.text)
-            if delta:
-                await self._write(TranscriptChunk(text=delta).event())
+    def offer(self, transcript: Said) -> None:
+        """See TranscriptSink."""
+        self._lost |= transcript.lost
+        self._show(self._deltas.settle(transcript.text))
+
+    def offer_partial(self, partial: Partial) -> None:
+        """See TranscriptSink. What was shown cannot be taken back: the text at the end is what counts."""
+        if not partial.end:
+            self._show(self._deltas.grow(partial.stable))
+
+    def _begin(self) -> None:
+        if not self._begun:
+            self._begun = True
+            self._send(TranscriptStart())
+
+    def _show(self, text: str) -> None:
+        if text:
+            self._begin()
+            self._send(TranscriptChunk(text))
 
 
-def _kind(event: Event) -> tuple[int, int, int]:
-    """Return rate, width and channels. Raises ProtocolError."""
-    found = tuple(event.data.get(key) for key in ("rate", "width", "channels"))
-    if not all(isinstance(value, int) and not isinstance(value, bool) for value in found):
-        raise ProtocolError("rate, width and channels should be numbers")
-    return found  # type: ignore[return-value]
+def _pcm_of(event: Event) -> PcmStream:
+    kind = number_in(event, "rate"), number_in(event, "width"), number_in(event, "channels")
+    try:
+        return PcmStream(*kind)
+    except ValueError as error:
+        raise BadEventError(str(error)) from None
+
+
+def _code(error: EdgeAsrError) -> str:
+    if isinstance(error, BusyError):
+        return "busy"
+    return "not-ready" if isinstance(error, NotReadyError) else "failed"
 
 
 def _info(model: str) -> Info:
-    """Return what the server is."""
-    by = Attribution(name="FunASR", url=URL)
-    known = AsrModel(
-        name=model, attribution=by, installed=True, description="Paraformer", version=None, languages=LANGUAGES
-    )
-    program = AsrProgram(
+    asr = AsrProgram(
         name="edge_asr",
-        attribution=by,
+        attribution=PARAFORMER,
         installed=True,
-        description="Speech recognition on the edge",
+        description="Speech recognition on the spot",
         version=__version__,
-        models=[known],
+        models=[
+            AsrModel(model, PARAFORMER, installed=True, description="Paraformer", version=None, languages=LANGUAGES)
+        ],
         supports_transcript_streaming=True,
     )
-    return Info(asr=[program])
+    return Info(asr=[asr])
