@@ -38,6 +38,7 @@ ALIAS = "whisper-1"
 FORMATS = ("json", "text", "srt", "verbose_json", "vtt")
 STREAMED = ("json", "text")
 GRANULARITIES = ("segment", "word")
+OF_SPEAKERS = ("known_speaker_names", "known_speaker_references")
 OWNER = "edge_asr"
 CREATED = 0
 """Nobody knows when a bundle was made."""
@@ -75,7 +76,7 @@ def routes(context: Context) -> APIRouter:
         upload = await read_upload(request)
         wish = read_wish(upload)
         check_model(upload.one("model"), context.service.model)
-        with contextlib.ExitStack() as stack:
+        async with contextlib.AsyncExitStack() as stack:
             stack.enter_context(context.admission.request())
             if wish.stream:
                 return await _streamed(context, request, upload, wish, stack)
@@ -148,6 +149,9 @@ def read_wish(upload: Upload) -> Wish:
     if language is not None and not LANGUAGE.fullmatch(language):
         raise RefusedError(400, "language should be a code of ISO 639-1, such as zh", param="language")
     _check_temperature(upload.one("temperature"))
+    for name in OF_SPEAKERS:
+        if name in upload.fields:
+            raise RefusedError(400, f"speakers are not told apart here; leave out {name}", param=name)
     return Wish(form, granularities or GRANULARITIES[:1], bool(include), stream, language)
 
 
@@ -251,29 +255,37 @@ def _usage(duration_s: float) -> dict[str, Any]:
 
 
 async def _streamed(
-    context: Context, request: Request, upload: Upload, wish: Wish, stack: contextlib.ExitStack
+    context: Context, request: Request, upload: Upload, wish: Wish, stack: contextlib.AsyncExitStack
 ) -> Response:
-    """Return the answer as events; what is wrong with the upload is told before the first one."""
+    """Return the answer as events; what goes wrong up to the first one is still told by the status."""
     samples = await while_connected(request, decoded(context, upload))
     found = context.service.transcribe(samples, SOURCE)
-    return _Events(_events(found, len(samples) / SAMPLE_RATE, wish), stack.pop_all())
+    stack.push_async_callback(found.aclose)
+    first = await while_connected(request, _next(found))
+    return _Events(_events(first, found, len(samples) / SAMPLE_RATE, wish), stack.pop_all())
 
 
-async def _events(found: AsyncGenerator[Transcript, None], duration_s: float, wish: Wish) -> AsyncGenerator[str, None]:
+async def _next(found: AsyncGenerator[Transcript, None]) -> Transcript:
+    return await anext(found)
+
+
+async def _events(
+    first: Transcript, found: AsyncGenerator[Transcript, None], duration_s: float, wish: Wish
+) -> AsyncGenerator[str, None]:
     so_far: list[Transcript] = []
+    transcript: Transcript | None = first
     try:
-        async for transcript in found:
+        while transcript is not None:
             before = text_of(so_far)
             so_far.append(transcript)
             delta = text_of(so_far)[len(before) :]
             logprobs = {"logprobs": list(_logprobs([transcript]))} if wish.logprobs else {}
             if delta:
                 yield _event({"type": "transcript.text.delta", "delta": delta, **logprobs})
+            transcript = await anext(found, None)
     except EdgeAsrError as error:  # the status is out already
         yield _event(refusal_of(error).body())
         return
-    finally:
-        await found.aclose()
     logprobs = {"logprobs": list(_logprobs(so_far))} if wish.logprobs else {}
     yield _event({"type": "transcript.text.done", "text": text_of(so_far), **logprobs, "usage": _usage(duration_s)})
 
@@ -287,7 +299,7 @@ class _Events(StreamingResponse):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[str, None], held: contextlib.ExitStack) -> None:
+    def __init__(self, events: AsyncGenerator[str, None], held: contextlib.AsyncExitStack) -> None:
         super().__init__(events)
         self._events = events
         self._held = held
@@ -297,4 +309,4 @@ class _Events(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             await self._events.aclose()
-            self._held.close()
+            await self._held.aclose()

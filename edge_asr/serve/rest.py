@@ -12,13 +12,14 @@ from starlette.responses import JSONResponse, Response
 
 from edge_asr.serve.context import Context
 from edge_asr.serve.errors import RefusedError
-from edge_asr.serve.schemas import ERRORS, REFUSALS, Recognized, form_or_audio
+from edge_asr.serve.schemas import ERRORS, OPEN_REFUSALS, Recognized, form_or_audio
 from edge_asr.serve.subtitles import text_of
 from edge_asr.serve.upload import Upload, collected, read_upload, while_connected
 from edge_asr.types import SAMPLE_RATE, Samples, Transcript
 
 SOURCE = "http"
 """What transcripts call a recording of a request."""
+NO_TOKEN: dict[str, Any] = {"security": []}
 
 
 class Alive(BaseModel):
@@ -58,7 +59,8 @@ def routes(context: Context) -> APIRouter:
         operation_id="alive",
         summary="The process answers",
         tags=["health"],
-        responses={200: {"model": Alive}, **REFUSALS},
+        responses={200: {"model": Alive}, **OPEN_REFUSALS},
+        openapi_extra=NO_TOKEN,
     )
     async def alive() -> Response:
         return JSONResponse({"status": "alive"})
@@ -68,7 +70,8 @@ def routes(context: Context) -> APIRouter:
         operation_id="ready",
         summary="Something can be recognised",
         tags=["health"],
-        responses={**REFUSALS, 200: {"model": Ready}, 503: {"model": Ready, "description": "Not yet"}},
+        responses={**OPEN_REFUSALS, 200: {"model": Ready}, 503: {"model": Ready, "description": "Not yet"}},
+        openapi_extra=NO_TOKEN,
     )
     async def ready() -> Response:
         state = context.health()

@@ -146,8 +146,10 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": Failure, "description": meaning} for status, meaning in _MEANINGS.items()
 }
 """What a route that takes audio may answer."""
-REFUSALS: dict[int | str, dict[str, Any]] = {status: ERRORS[status] for status in (401, 403, 421, 429)}
-"""What any other may."""
+REFUSALS: dict[int | str, dict[str, Any]] = {status: ERRORS[status] for status in (401, 413, 421, 429)}
+"""What one that only tells something may."""
+OPEN_REFUSALS = {status: meaning for status, meaning in REFUSALS.items() if status != 401}
+"""What one may that needs no token."""
 BINARY: dict[str, Any] = {"type": "string", "format": "binary"}
 _FILE: dict[str, Any] = {**BINARY, "description": "audio of any format, or a video with sound"}
 
