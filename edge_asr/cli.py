@@ -444,6 +444,16 @@ def forget(config: ConfigOption = None, override: OverrideOption = None) -> None
     cli_forget.forget(settings)
 
 
+@app.command()
+def token(
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False,
+) -> None:
+    """Make a token that lets a program ask the HTTP server from another machine."""
+    from edge_asr import cli_token
+
+    cli_token.make(as_json)
+
+
 @mqtt.command("forget")
 def mqtt_forget(
     device: Annotated[
