@@ -20,8 +20,6 @@ INVALID, AUTHENTICATION, RATE, SERVER = (
 )  # fmt: skip
 KINDS = {401: AUTHENTICATION, 403: AUTHENTICATION, 429: RATE}
 RETRY_S = 5.0
-UNREAD = (408, 413, 429, 503)
-"""After these the rest of a body is not read, so the connection ends."""
 
 
 class RefusedError(Exception):
@@ -57,8 +55,6 @@ class RefusedError(Exception):
             found["retry-after"] = str(max(1, math.ceil(self.retry_after_s)))
         if self.status == 401:
             found["www-authenticate"] = "Bearer"
-        if self.status in UNREAD:
-            found["connection"] = "close"
         return found
 
     def response(self) -> Response:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 import time
 from collections import OrderedDict
@@ -27,6 +28,8 @@ IPV6_PREFIX = 64
 MB = 1_000_000
 UPLOADS = 8
 """So many of the largest uploads may be in memory at a time."""
+DISCARD_S = 10.0
+"""So long the rest of a body that nobody wants is still read."""
 HEADERS = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
@@ -85,19 +88,27 @@ class Gate:
         if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
-        try:
-            self._check(HTTPConnection(scope))
-        except RefusedError as refused:
-            await _refuse(refused, scope, receive, send)
-            return
+        connection = HTTPConnection(scope)
         if scope["type"] == "websocket":
-            await self._app(scope, receive, send)
+            await self._pass_websocket(connection, receive, send)
             return
-        body = _Body(receive, self._limits, self._held)
+        body = _Body(connection.headers, receive, self._limits, self._held)
+        answer = _Answer(send, body).send
         try:
-            await self._app(scope, body.receive, _with_headers(send))
+            self._check(connection)
+            await self._app(scope, body.receive, answer)
+        except RefusedError as refused:  # by the check: the application answers its own
+            await refused.response()(scope, receive, answer)
         finally:
             self._held.bytes -= body.size
+
+    async def _pass_websocket(self, connection: HTTPConnection, receive: Receive, send: Send) -> None:
+        try:
+            self._check(connection)
+        except RefusedError as refused:
+            await _refuse_websocket(refused, connection.scope, receive, send)
+        else:
+            await self._app(connection.scope, receive, send)
 
     def _check(self, connection: HTTPConnection) -> None:
         """Raise RefusedError where it may not be answered."""
@@ -133,18 +144,19 @@ class _Held:
 class _Body:
     """The body of a request, which must come in time and must not be larger than is allowed, whatever was announced."""
 
-    def __init__(self, receive: Receive, limits: LimitsConfig, held: _Held) -> None:
+    def __init__(self, headers: Headers, receive: Receive, limits: LimitsConfig, held: _Held) -> None:
         self._receive = receive
         self._limits = limits
         self._held = held
         self.size = 0
         """Bytes that have come."""
-        self._ended = False
+        self.ended = headers.get("content-length", "0") == "0" and "transfer-encoding" not in headers
+        """Nothing of it is still to come."""
         self._late_at = asyncio.get_running_loop().time() + limits.body_s
 
     async def receive(self) -> Message:
         """Return the next part; raises RefusedError. After the last one this waits for the client to go."""
-        if self._ended:
+        if self.ended:
             return await self._receive()
         left_s = self._late_at - asyncio.get_running_loop().time()
         try:
@@ -153,37 +165,57 @@ class _Body:
             raise RefusedError(408, f"the body did not come within {self._limits.body_s:g} s; send it faster") from None
         self.size += len(message.get("body", b""))
         self._held.bytes += len(message.get("body", b""))
-        self._ended = not message.get("more_body", False)
+        self.ended = not message.get("more_body", False)
         if self.size > self._limits.body_mb * MB:
             raise too_large(self._limits)
         if self._held.bytes > self._held.most:
             raise RefusedError(503, "too many uploads at a time; try again later", code="overloaded", retry_after_s=5)
         return message
 
+    async def discard(self) -> None:
+        """Read what is still to come, for some time, and keep none of it."""
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._skip(), DISCARD_S)
 
-def _with_headers(send: Send) -> Send:
-    async def add(message: Message) -> None:
+    async def _skip(self) -> None:
+        while not self.ended:
+            self.ended = not (await self._receive()).get("more_body", False)
+
+
+class _Answer:
+    """Sends an answer. If its request has not been read to the end, the connection ends with it.
+
+    Not at once: who is still writing then could not read it.
+    """
+
+    def __init__(self, send: Send, body: _Body) -> None:
+        self._send = send
+        self._body = body
+
+    async def send(self, message: Message) -> None:
+        """See ASGI."""
         if message["type"] == "http.response.start":
             headers = MutableHeaders(scope=message)
             for name, value in HEADERS.items():
                 headers.setdefault(name, value)
-        await send(message)
+            if not self._body.ended:
+                headers["connection"] = "close"
+        elif not message.get("more_body", False) and not self._body.ended:
+            await self._send({**message, "more_body": True})
+            await self._body.discard()
+            message = {"type": message["type"], "body": b""}
+        await self._send(message)
 
-    return add
 
-
-async def _refuse(refused: RefusedError, scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer without reading a body, and close the connection after it."""
-    if scope["type"] == "websocket" and "websocket.http.response" not in scope.get("extensions", {}):
-        await receive()  # the handshake
+async def _refuse_websocket(refused: RefusedError, scope: Scope, receive: Receive, send: Send) -> None:
+    await receive()  # the handshake
+    if "websocket.http.response" not in scope.get("extensions", {}):
         await send({"type": "websocket.close", "code": POLICY_VIOLATION, "reason": refused.message[:120]})
         return
     response = refused.response()
     for name, value in {**HEADERS, "connection": "close"}.items():
         response.headers.setdefault(name, value)
-    if scope["type"] == "websocket":
-        await receive()
-    await response(scope, receive, _with_headers(send) if scope["type"] == "http" else send)
+    await response(scope, receive, send)
 
 
 def content_type(headers: Headers) -> str:
