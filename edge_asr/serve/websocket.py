@@ -151,11 +151,12 @@ class _Session:
     async def _listen(self) -> None:
         """Hear the client out, then say that this was all, and wait to be closed."""
         frame = await received(self._socket, self._idle_s)
-        hello = _hello(frame) if isinstance(frame, str) else None
-        self._pcm = PcmStream((hello or Hello(type="config")).sample_rate)
-        self._stream = self._open(hello)
-        if hello is not None:
+        hello = Hello(type="config")
+        if isinstance(frame, str) and json_object(frame).get("type") != "end":
+            hello = _hello(frame)
             frame = await received(self._socket, self._idle_s)
+        self._pcm = PcmStream(hello.sample_rate)
+        self._stream = self._open(hello)
         while not isinstance(frame, str):
             await self._stream.push(self._pcm.push(frame))
             frame = await received(self._socket, self._idle_s)
@@ -167,10 +168,9 @@ class _Session:
         self._replies.end()
         await asyncio.Event().wait()
 
-    def _open(self, hello: Hello | None) -> SpeechStream:
-        partials, preset = (True, None) if hello is None else (hello.partials, hello.preset)
+    def _open(self, hello: Hello) -> SpeechStream:
         try:
-            return self._service.stream(self._replies, SOURCE, partials=partials, preset=preset)
+            return self._service.stream(self._replies, SOURCE, partials=hello.partials, preset=hello.preset)
         except ValueError as error:
             raise ClientError(UNSUPPORTED, str(error)) from None
 
