@@ -30,7 +30,7 @@ from edge_asr.recognizer.scheduler import Scheduler
 from edge_asr.serve.access import AllowedNetworks
 from edge_asr.serve.wyoming import WyomingServer, serve_wyoming
 from edge_asr.serve.wyoming_events import DATA_BYTES, LINE_BYTES, PAYLOAD_BYTES
-from edge_asr.service import Hearing, Pauses, SpeechService
+from edge_asr.service import Hearing, Pauses, SpeechService, SpeechStream
 from edge_asr.speech.segmenter import ENDPOINTS, Rules
 from edge_asr.speech.vad import SileroDetector
 from edge_asr.types import SAMPLE_RATE, Samples
@@ -204,6 +204,21 @@ async def test_sound_of_other_kinds(room: Room, rate: int, width: int, channels:
         assert text_of(await answer(client)) == TEXTS[NAMES[4]]
 
 
+async def test_the_end_of_sound_of_another_rate_is_heard(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard = []
+    push = SpeechStream.push
+
+    async def counted(stream: SpeechStream, samples: Samples) -> None:
+        heard.append(len(samples))
+        await push(stream, samples)
+
+    monkeypatch.setattr(SpeechStream, "push", counted)
+    async with room.client() as client:
+        await send(client, pcm(np.zeros(48_000, np.float32)), 48_000)
+        assert text_of(await answer(client)) == ""
+    assert sum(heard) == SAMPLE_RATE
+
+
 async def test_nothing_said_is_an_empty_text(room: Room) -> None:
     async with room.client() as client:
         await client.write_event(AudioStop().event())
@@ -227,6 +242,7 @@ async def test_a_new_start_forgets_what_was_said(room: Room) -> None:
         await client.write_event(AudioChunk(SAMPLE_RATE, 2, 1, pcm(sound_of(NAMES[2]))).event())
         await send(client, said(NAMES[0]))
         assert text_of(await answer(client)) == TEXTS[NAMES[0]]
+        await until(lambda: room.service.streams == 0)
 
 
 async def test_a_ping_is_answered(room: Room) -> None:
