@@ -190,12 +190,13 @@ class Wording:
         if reply is None:
             text = self._deltas.said if self.mode == OFFLINE else ""
             return [{**self._message(FINALS[self.mode], text), "is_final": True}]
-        if isinstance(reply, Partial):
-            return [] if self.mode == OFFLINE or reply.end else self._online(self._deltas.grow(reply.stable))
-        if self.mode == ONLINE:
+        if isinstance(reply, Partial) and not reply.end:
+            return [] if self.mode == OFFLINE else self._online(self._deltas.grow(reply.stable))
+        if isinstance(reply, Transcript) and self.mode == ONLINE:
             return self._online(self._deltas.settle(reply.text))
-        text = self._deltas.replace(reply.text)
-        return [{**self._message(FINALS[TWO_PASS], text), **_times(reply)}] if self.mode == TWO_PASS else []
+        text = self._deltas.replace(reply.text)  # which is none where a segment comes to nothing
+        times = _times(reply) if isinstance(reply, Transcript) else {}
+        return [{**self._message(FINALS[TWO_PASS], text), **times}] if self.mode == TWO_PASS else []
 
     def _online(self, delta: str) -> list[dict[str, Any]]:
         return [self._message(ONLINES[self.mode], delta)] if delta else []
