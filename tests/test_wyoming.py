@@ -121,6 +121,10 @@ async def send(client: AsyncClient, sound: bytes, rate: int = SAMPLE_RATE, width
     """Say something, as Home Assistant does: it reads nothing before the end."""
     await client.write_event(Transcribe(language="zh").event())
     await client.write_event(AudioStart(rate, width, channels).event())
+    await send_rest(client, sound, rate, width, channels)
+
+
+async def send_rest(client: AsyncClient, sound: bytes, rate: int, width: int, channels: int) -> None:
     for start in range(0, len(sound), CHUNK_BYTES):
         piece = sound[start : start + CHUNK_BYTES]
         await client.write_event(AudioChunk(rate, width, channels, piece).event())
@@ -227,6 +231,17 @@ async def test_nothing_said_is_an_empty_text(room: Room) -> None:
         for sound in (b"", pcm(TAIL)):
             await send(client, sound)
             assert text_of(await answer(client)) == ""
+        await client.write_event(AudioStop().event())
+        assert text_of(await answer(client)) == ""
+
+
+async def test_the_kind_of_sound_may_change(room: Room) -> None:
+    sound = sound_of(NAMES[0])
+    half = len(sound) // 2
+    async with room.client() as client:
+        await client.write_event(AudioChunk(SAMPLE_RATE, 2, 1, pcm(sound[:half])).event())
+        await send_rest(client, pcm(np.repeat(np.concatenate([sound[half:], TAIL]), 2), 4), SAMPLE_RATE, 4, 2)
+        assert text_of(await answer(client)) == TEXTS[NAMES[0]]
 
 
 async def test_sound_without_a_start_and_unknown_events_are_taken(room: Room) -> None:

@@ -73,7 +73,10 @@ class Announcement:
 
         addresses = reachable(self._host, self._networks)
         info = service_info(addresses, self._port)
-        zeroconf = AsyncZeroconf(interfaces=addresses)  # elsewhere nobody may come
+        try:
+            zeroconf = AsyncZeroconf(interfaces=addresses)  # elsewhere nobody may come
+        except RuntimeError as error:  # an address has gone in the meantime
+            raise OSError(str(error)) from error
         try:
             await zeroconf.async_register_service(info, allow_name_change=True)
             self.name = info.name

@@ -49,6 +49,8 @@ RETRY_S = 5.0
 """When it may be worth speaking again."""
 TOLD = 256
 """Addresses that were refused, and are known: each is logged once, and beyond so many none."""
+Kind = tuple[int, int, int]
+"""Rate, width and channels of sound."""
 PARAFORMER = Attribution("FunASR", "https://github.com/modelscope/FunASR")
 
 
@@ -226,13 +228,12 @@ class _Connection:
 
     async def _start(self, event: Event) -> None:
         self._forget()
-        self._listen(_pcm_of(event))
+        self._listen(_kind(event))
 
     async def _hear(self, event: Event) -> None:
-        pcm = _pcm_of(event)
-        utterance = self._utterance or self._listen(pcm)
-        utterance.take(pcm)
-        await utterance.hear(event.payload or b"")
+        kind = _kind(event)
+        utterance = self._utterance or self._listen(kind)
+        await utterance.hear(kind, event.payload or b"")
 
     async def _stop(self, event: Event) -> None:
         if self._utterance is None:  # nothing was said
@@ -242,8 +243,8 @@ class _Connection:
         await self._utterance.finish()
         self._utterance = None
 
-    def _listen(self, pcm: PcmStream) -> _Utterance:
-        self._utterance = _Utterance(self._service, pcm, self._send, self._name, self._limits.audio_s)
+    def _listen(self, kind: Kind) -> _Utterance:
+        self._utterance = _Utterance(self._service, _pcm(kind), self._send, self._name, self._limits.audio_s)
         return self._utterance
 
 
@@ -261,13 +262,11 @@ class _Utterance:
         self._begun = self._lost = False
         self._stream = service.stream(self, name, preset=PRESET)
 
-    def take(self, pcm: PcmStream) -> None:
-        """Have what follows converted like this, if it is of another kind."""
-        if self._pcm.kind != pcm.kind:
-            self._pcm = pcm
-
-    async def hear(self, data: bytes) -> None:
+    async def hear(self, kind: Kind, data: bytes) -> None:
         """Listen to a piece of sound. Waits while too much waits; raises BadEventError where it has become too long."""
+        if self._pcm.kind != kind:
+            await self._stream.push(self._pcm.flush())
+            self._pcm = _pcm(kind)
         for start in range(0, len(data), AT_ONCE):
             samples = self._pcm.push(data[start : start + AT_ONCE])
             self._left -= len(samples)
@@ -312,8 +311,11 @@ class _Utterance:
             self._send(TranscriptChunk(text))
 
 
-def _pcm_of(event: Event) -> PcmStream:
-    kind = number_in(event, "rate"), number_in(event, "width"), number_in(event, "channels")
+def _kind(event: Event) -> Kind:
+    return number_in(event, "rate"), number_in(event, "width"), number_in(event, "channels")
+
+
+def _pcm(kind: Kind) -> PcmStream:
     try:
         return PcmStream(*kind)
     except ValueError as error:
