@@ -41,6 +41,20 @@ def server() -> Iterator[Serving]:
         yield running
 
 
+@pytest.fixture
+def admissions(monkeypatch: pytest.MonkeyPatch) -> list[Admission]:
+    """Return what is to hold the server's admission as soon as somebody has asked."""
+    found: list[Admission] = []
+    check = Admission.check
+
+    def noted(self: Admission) -> None:
+        found.append(self)
+        check(self)
+
+    monkeypatch.setattr(Admission, "check", noted)
+    return found
+
+
 @pytest.fixture(scope="module")
 def curl() -> str:
     program = shutil.which("curl")
@@ -295,6 +309,7 @@ def test_a_bug_is_logged_and_told_without_what_it_was(
     assert ask(server, "POST", "/recognize", AUDIO, WAV)[1]["text"] == TEXTS[FIRST]
 
 
+VERBOSE = (part("response_format", b"verbose_json"),)
 TRANSCRIPTIONS = (part("file", AUDIO, "a.wav"), part("model", MODEL.encode()))
 
 
@@ -309,7 +324,12 @@ TRANSCRIPTIONS = (part("file", AUDIO, "a.wav"), part("model", MODEL.encode()))
 )
 @pytest.mark.parametrize("told", [0, 1])
 def test_work_for_a_client_that_has_gone_is_given_up(
-    server: Serving, monkeypatch: pytest.MonkeyPatch, path: str, body: tuple[bytes, dict[str, str]], told: int
+    server: Serving,
+    monkeypatch: pytest.MonkeyPatch,
+    admissions: list[Admission],
+    path: str,
+    body: tuple[bytes, dict[str, str]],
+    told: int,
 ) -> None:
     happened: list[str] = []
     transcribe = server.service.transcribe
@@ -329,10 +349,24 @@ def test_work_for_a_client_that_has_gone_is_given_up(
     connection.request("POST", path, *body)
     wait_for(lambda: happened, "the work")
     assert happened == ["begun"]
+    assert admissions[0].in_progress == 1
     connection.close()
     wait_for(lambda: happened == ["begun", "given up"], "the end of the work")
+    wait_for(lambda: admissions[0].in_progress == 0, "its place for others")
     monkeypatch.undo()
     assert ask(server, "POST", "/recognize", AUDIO, WAV)[1]["text"] == TEXTS[FIRST]
+
+
+@pytest.mark.parametrize("extra", [(), (part("stream", b"true"),), (part("stream", b"perhaps"),)])
+def test_who_was_answered_makes_place_for_others(
+    server: Serving, admissions: list[Admission], extra: tuple[bytes, ...]
+) -> None:
+    body, headers = form(*TRANSCRIPTIONS, *extra)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    connection.request("POST", "/v1/audio/transcriptions", body, headers)
+    connection.getresponse().read()
+    connection.close()
+    wait_for(lambda: admissions[0].in_progress == 0, "its place for others")
 
 
 @pytest.fixture(scope="module")
@@ -378,8 +412,11 @@ def test_what_is_answered_is_what_the_document_says(server: Serving, document: A
     holds("/v1/models", "GET")
     holds("/v1/models/{name}", "GET", at=f"/v1/models/{MODEL}")
     holds("/v1/models/{name}", "GET", at="/v1/models/other")
-    for extra in ((), (part("include[]", b"logprobs"),), (part("response_format", b"verbose_json"),)):
+    for extra in ((), (part("include[]", b"logprobs"),), VERBOSE):
         holds("/v1/audio/transcriptions", "POST", *form(*TRANSCRIPTIONS, *extra))
+    _, verbose = ask(server, "POST", "/v1/audio/transcriptions", *form(*TRANSCRIPTIONS, *VERBOSE))
+    assert verbose["segments"]
+    check(document, document["components"]["schemas"]["VerboseOut"], verbose)
 
 
 def test_the_document_says_what_a_form_may_hold(document: Any) -> None:
