@@ -25,15 +25,18 @@ from wyoming.ping import Ping, Pong
 
 from edge_asr.budget import LatencyBudget
 from edge_asr.config_server import LimitsConfig, WyomingConfig
+from edge_asr.errors import BusyError
 from edge_asr.recognizer.bundle import FP32
 from edge_asr.recognizer.scheduler import Scheduler
 from edge_asr.serve.access import AllowedNetworks
-from edge_asr.serve.wyoming import WyomingServer, serve_wyoming
+from edge_asr.serve.pcm import PcmStream
+from edge_asr.serve.wyoming import WyomingServer, _Utterance, serve_wyoming
 from edge_asr.serve.wyoming_events import DATA_BYTES, LINE_BYTES, PAYLOAD_BYTES
 from edge_asr.service import Hearing, Pauses, SpeechService, SpeechStream
 from edge_asr.speech.segmenter import ENDPOINTS, Rules
 from edge_asr.speech.vad import SileroDetector
-from edge_asr.types import SAMPLE_RATE, Samples
+from edge_asr.types import SAMPLE_RATE, Partial, Samples, SegmentId
+from edge_asr.types import Transcript as Said
 
 with warnings.catch_warnings():  # of a module of Python that the library is about to do without
     warnings.simplefilter("ignore", DeprecationWarning)
@@ -235,6 +238,50 @@ async def test_nothing_said_is_an_empty_text(room: Room) -> None:
         assert text_of(await answer(client)) == ""
 
 
+class Deaf:
+    """A service whose streams hear nothing: the test says what was understood."""
+
+    def stream(self, sink: object, name: str, preset: str) -> Deaf:
+        return self
+
+    async def push(self, samples: Samples) -> None: ...
+
+    def end(self) -> None: ...
+
+    async def flush(self) -> None: ...
+
+
+def partial(segment: str, text: str, *, end: bool = False) -> Partial:
+    return Partial(SegmentId(segment), "", text, text, None, end)
+
+
+def final(text: str, *, lost: bool = False) -> Said:
+    return Said(SegmentId("a"), "", "", text, text, None, None, None, 1.0, (), {}, None, False, "", "", lost=lost)
+
+
+async def test_what_is_shown_grows_and_what_a_gate_drops_is_not_in_the_text() -> None:
+    sent: list[Event] = []
+    utterance = _Utterance(Deaf(), PcmStream(), lambda event: sent.append(event.event()), "", 9)  # type: ignore[arg-type]
+    for shown_now in (partial("a", "turn"), partial("a", "turn it"), partial("a", "", end=True), partial("b", "lamp")):
+        utterance.offer_partial(shown_now)
+    utterance.offer(final("lamp on"))
+    utterance.offer(final("please"))
+    await utterance.finish()
+    chunks = [event.data["text"] for event in sent if event.type == "transcript-chunk"]
+    assert chunks == ["turn", " it", "lamp", " on", " please"]
+    assert kinds(sent) == STREAMED
+    assert text_of(sent) == "lamp on please"
+
+
+async def test_what_there_was_no_time_for_is_an_error() -> None:
+    sent: list[Event] = []
+    utterance = _Utterance(Deaf(), PcmStream(), lambda event: sent.append(event.event()), "", 9)  # type: ignore[arg-type]
+    utterance.offer(final("", lost=True))
+    with pytest.raises(BusyError, match="say it again"):
+        await utterance.finish()
+    assert sent == []
+
+
 async def test_the_kind_of_sound_may_change(room: Room) -> None:
     sound = sound_of(NAMES[0])
     half = len(sound) // 2
@@ -414,11 +461,12 @@ async def test_a_server_that_closes_lets_who_speaks_finish(room: Room) -> None:
         assert await idle.read_event() is not None
         await speaking.write_event(AudioStart(SAMPLE_RATE, 2, 1).event())
         await until(lambda: room.service.streams == 1)
-        closing = asyncio.create_task(room.server.close(PATIENCE_S))
+        closing = asyncio.create_task(room.server.close(2 * PATIENCE_S))
         assert await idle.read_event() is None
         await speaking.write_event(AudioChunk(SAMPLE_RATE, 2, 1, said(NAMES[0])).event())
         await speaking.write_event(AudioStop().event())
         assert text_of(await answer(speaking)) == TEXTS[NAMES[0]]
+        assert await speaking.read_event() is None
         await closing
         with pytest.raises(OSError, match="Connect call failed"):
             await room.client().connect()

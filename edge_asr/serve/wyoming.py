@@ -297,8 +297,7 @@ class _Utterance:
 
     def offer_partial(self, partial: Partial) -> None:
         """See TranscriptSink. What was shown cannot be taken back: the text at the end is what counts."""
-        if not partial.end:
-            self._show(self._deltas.grow(partial.stable))
+        self._show(self._deltas.settle("") if partial.end else self._deltas.grow(partial.stable))
 
     def _begin(self) -> None:
         if not self._begun:
