@@ -47,7 +47,7 @@ class EngineKeeper:
         self._config, self._state_dir = config, state_dir
         self._changed = changed
         self._poll_s = poll_s
-        self.scheduler = Scheduler(self._load)
+        self.scheduler = Scheduler(self._load, config.batch_wait_ms / 1e3)
         self._build = EngineBuild(lambda: self._say("its engine is being built") if self._ladder is None else None)
         self._plan_build = EngineBuild(lambda: self._say("its TensorRT engine is being built"), NICE)
         self._ladder: Ladder | None = None

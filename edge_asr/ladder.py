@@ -37,6 +37,10 @@ class LoadedEngine(Protocol):
     def batches(self) -> bool:
         """Whether several segments are recognised in one run."""
 
+    @property
+    def largest_batch(self) -> int:
+        """How many of them a run takes at most."""
+
     def recognize(self, samples: Samples) -> Recognition:
         """Recognise `[n]` float32 samples at 16 kHz. Raises EngineError."""
 
@@ -101,6 +105,11 @@ class Ladder:
     def batches(self) -> bool:
         """Whether that recognises several segments in one run."""
         return self._present.batches
+
+    @property
+    def largest_batch(self) -> int:
+        """How many of them a run takes at most."""
+        return self._present.largest_batch
 
     def recognize(self, samples: Samples) -> Recognition:
         """Recognise `[n]` float32 samples at 16 kHz. Raises EngineError, BrokenEngineError if nothing can any more."""

@@ -240,6 +240,7 @@ from edge_asr import app, cli, ladder
 
 class Endless:
     batches = False
+    largest_batch = 1
 
     def __init__(self, recognizer):
         self.recognizer, self.engine = recognizer, recognizer.engine
@@ -458,6 +459,7 @@ class Scripted:
 
     engine = "scripted"
     batches = False
+    largest_batch = 1
 
     def __init__(self, error: EngineError | None = None) -> None:
         self._error = error

@@ -167,7 +167,8 @@ async def test_a_child_may_take_so_much_memory_and_no_more(make: Make) -> None:
 
 async def test_a_child_may_take_so_much_of_the_processor_and_no_more(make: Make) -> None:
     """A second at most, for the limit counts whole ones."""
-    minute = encoded(np.random.default_rng(0).standard_normal(SAMPLE_RATE * 60).astype(np.float32) / 8, "mp3")
+    noise = np.random.default_rng(0).standard_normal(SAMPLE_RATE * 60, np.float32)
+    minute = encoded(noise / np.float32(8), "mp3")
     with pytest.raises(DecoderDiedError):
         await make(cpu_s=0, max_audio_s=36_000).decode(minute * 100)
 

@@ -136,8 +136,9 @@ async def test_times_are_text_in_milliseconds_one_for_each_token(server: Serving
     assert times == sorted(times)
     assert all(begin < end for begin, end in times)
     [sentence] = message["stamp_sents"]
-    assert sentence["text_seg"] == TEXTS[NAMES[0]]
-    assert sentence["start"] == times[0][0]
+    assert sentence["text_seg"] == " ".join(TEXTS[NAMES[0]])
+    assert sentence["ts_list"] == times
+    assert (sentence["start"], sentence["end"]) == (times[0][0], times[-1][1])
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -183,9 +184,10 @@ async def test_clients_at_the_same_time_are_not_mixed_up(server: Serving) -> Non
         ('{"mode": "3pass"}', "mode should be one of online, offline, 2pass"),
         ('{"wav_name": 7}', "wav_name"),
         ('{"wav_format": "mp3"}', "wav_format should be pcm"),
-        ('{"audio_fs": "many"}', "audio_fs should be a number"),
+        ('{"audio_fs": "many"}', "audio_fs should be a whole number"),
         ('{"audio_fs": 10}', "audio_fs: 10 samples per second"),
-        ('{"audio_fs": true}', "audio_fs should be a number"),
+        ('{"audio_fs": 16000.5}', "audio_fs should be a whole number"),
+        ('{"audio_fs": true}', "audio_fs should be a whole number"),
         ('{"mode": {"a": []}}', "mode should be one of"),
     ],
 )
@@ -194,7 +196,7 @@ async def test_what_makes_no_sense_is_told_and_ends_it(server: Serving, text: st
         await socket.send(text)
         message = json.loads(await asyncio.wait_for(socket.recv(), PATIENCE_S))
         assert why in message["error"]
-        assert (message["text"], message["is_final"]) == ("", True)
+        assert (message["text"], message["is_final"], message["is_end"]) == ("", False, True)
         with pytest.raises(ConnectionClosed):
             await asyncio.wait_for(socket.recv(), PATIENCE_S)
 

@@ -58,7 +58,7 @@ def test_everything_but_health_and_login_needs_the_token(guarded: Serving) -> No
         assert answer[0] == 401
         assert answer[1]["www-authenticate"] == "Bearer"
         assert error(answer)["code"] == "invalid_api_key"
-        assert ask(guarded, method, path, **BEARER)[0] != 401
+        assert ask(guarded, method, path, None, **BEARER)[0] != 401
     for path in ("/healthz", "/readyz", "/login"):
         assert ask(guarded, "GET", path)[0] in (200, 503)
 
@@ -106,7 +106,7 @@ def test_pages_of_other_hosts_change_nothing_even_with_the_cookie(guarded: Servi
     for origin, status in (("http://evil.example", 403), ("https://panel.local", 415), (None, 415)):
         headers = {} if origin is None else {"origin": origin}
         assert ask(guarded, "POST", "/recognize", b"x", **BEARER, **headers)[0] == status
-    assert ask(guarded, "GET", "/v1/models", **BEARER, origin="http://evil.example")[0] == 200
+    assert ask(guarded, "GET", "/v1/models", None, **BEARER, origin="http://evil.example")[0] == 200
 
 
 def test_no_answer_lets_another_page_read_it(server: Serving) -> None:

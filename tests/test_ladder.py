@@ -28,6 +28,7 @@ class Told:
         self.closed = 0
 
     batches = True
+    largest_batch = 8
 
     def recognize(self, samples: Samples) -> Recognition:
         assert not self.closed
@@ -202,6 +203,7 @@ def test_whether_segments_share_a_run_is_up_to_the_engine_that_answers(rungs: Ru
     ladder = Ladder(rungs.all())
     rungs.engines["onnx-int8"].batches = False
     assert ladder.batches
+    assert ladder.largest_batch == 8
     rungs.engines[TENSORRT].failing = BrokenEngineError("the GPU fell off the bus")
     ladder.recognize(SOUND)
     assert not ladder.batches

@@ -61,7 +61,7 @@ class Prompt(Scheduler):
     def idle(self) -> bool:
         return not self._busy
 
-    def backlog_ms(self) -> float:
+    def backlog_ms(self, least: Priority = Priority.MICROPHONE) -> float:
         return self._backlog_ms
 
     def warm(self) -> None:

@@ -44,6 +44,7 @@ class Held:
 
     def __init__(self, batches: bool = False) -> None:
         self.batches = batches
+        self.largest_batch = 64
         self.runs: list[list[int]] = []
         self.begun: queue.SimpleQueue[list[int]] = queue.SimpleQueue()
         self.interrupts = 0
@@ -395,13 +396,13 @@ def test_only_so_many_share_a_run_that_the_earliest_deadline_is_met(
 ) -> None:
     now = 1000.0
     batch = [Request(seconds(length), MICROPHONE, now + deadline_s) for length in lengths_s]
-    assert may_share(batch, costing(1000.0), now) is shared
+    assert may_share(batch, costing(1000.0), now, 32) is shared
 
 
 def test_what_shares_a_run_does_not_hold_up_a_microphone() -> None:
     two, three = ([Request(seconds(1), NETWORK) for _ in range(count)] for count in (2, 3))
-    assert may_share(two, costing(30.0), 0.0)
-    assert not may_share(three, costing(30.0), 0.0)
+    assert may_share(two, costing(30.0), 0.0, 32)
+    assert not may_share(three, costing(30.0), 0.0, 32)
 
 
 async def test_one_bad_sound_does_not_take_the_others_down(batching: Held, scheduler: Scheduler) -> None:

@@ -37,6 +37,7 @@ class Decoded:
 
 USUAL_FRAMES = 512
 """Half a minute, the longest segment that can be configured; more are computed when they come."""
+ANY_NUMBER = 1 << 20
 NOTHING = Decoded(np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0, np.float32))
 
 
@@ -56,6 +57,8 @@ class Paraformer:
             self._tail = float(encoder.metadata["tail"])
             self.batches = encoder.metadata["batches"] == "true"
             """Whether utterances can share a run without changing each other; in int8 they cannot."""
+            # Graphs take any number; plans were built for so many.
+            self.largest_batch: int = getattr(encoder, "largest_batch", ANY_NUMBER)
             vocabulary = int(encoder.metadata["vocabulary"])
         except (KeyError, ValueError) as error:
             raise EngineError(f"{bundle.folder}: its engine lacks {error}; run edge-asr build-engine again") from error

@@ -38,6 +38,10 @@ class Batching(Protocol):
     def batches(self) -> bool:
         """Whether it does so at present, in one run."""
 
+    @property
+    def largest_batch(self) -> int:
+        """How many of them a run takes at most."""
+
     def recognize_batch(self, batch: Sequence[Samples]) -> list[Recognition]:
         """Recognise several segments, each as if it were alone. Raises EngineError."""
 

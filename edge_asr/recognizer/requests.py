@@ -162,6 +162,11 @@ class Waiting:
     def __iter__(self) -> Iterator[Request]:
         return iter(self._requests)
 
+    @property
+    def first(self) -> Request | None:
+        """The one that is answered next, if it is still wanted."""
+        return self._requests[0] if self._requests else None
+
     def push(self, request: Request) -> None:
         """Let a request wait."""
         insort(self._requests, request, key=lambda one: one.order)

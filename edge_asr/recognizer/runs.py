@@ -96,11 +96,11 @@ def latest_start(waiting: Iterable[Request], costs: CostModel) -> float:
     return latest
 
 
-def may_share(batch: Sequence[Request], costs: CostModel, now: float) -> bool:
-    """Tell whether requests can share a run: the earliest deadline, that of the first, is met all the same."""
+def may_share(batch: Sequence[Request], costs: CostModel, now: float, most: int) -> bool:
+    """Tell whether requests can share a run, which takes `most`, and the earliest deadline, the first's, is met."""
     first = batch[0]
     cost_ms = costs.estimate_ms(filled_s(batch)) * SAFETY
-    if len(batch) > MOST[first.priority] or now + cost_ms / 1e3 > first.deadline:
+    if len(batch) > min(most, MOST[first.priority]) or now + cost_ms / 1e3 > first.deadline:
         return False
     return first.priority != Priority.NETWORK or cost_ms <= NETWORK_MS
 

@@ -19,7 +19,7 @@ from edge_asr.recognizer.recognizers import Batching, measured, recognize_all, r
 from edge_asr.recognizer.recognizers import Recognizer as Recognizer  # who makes one finds it beside Scheduler
 from edge_asr.recognizer.requests import Priority as Priority  # who asks finds it beside `submit`
 from edge_asr.recognizer.requests import Request, Waiting
-from edge_asr.recognizer.runs import Run, Step, may_share
+from edge_asr.recognizer.runs import MOST, SAFETY, Run, Step, may_share
 from edge_asr.types import Recognition, Samples
 
 WARM_AFTER_S = 2.0
@@ -48,9 +48,13 @@ class Scheduler:
     daemon ones, so that an inference that takes too long does not keep the process from ending.
     """
 
-    def __init__(self, load: Callable[[], Recognizer]) -> None:
-        """`load` makes the recogniser; it runs on the inference thread."""
+    def __init__(self, load: Callable[[], Recognizer], batch_wait_s: float = 0.0) -> None:
+        """`load` makes the recogniser; it runs on the inference thread.
+
+        `batch_wait_s`: how long a request of NETWORK waits for company, on a recogniser that takes several at a time.
+        """
         self._load = load
+        self._batch_wait_s = batch_wait_s
         self._loaded: Future[None] = Future()
         self._loaded.set_running_or_notify_cancel()  # whoever waits for it cannot cancel it
         self.costs = CostModel()
@@ -224,6 +228,10 @@ class Scheduler:
                     return swap
                 if self._closing:
                     return None
+                if (company_s := self._company_s(recognizer)) > 0:
+                    self._step = None
+                    self._changed.wait(company_s)
+                    continue
                 if (first := self._waiting.pop()) is not None:
                     self._running = self._run(first, recognizer)
                     self._begin_step(Step(self._steps + 1, self._running.may_last_s))
@@ -231,14 +239,27 @@ class Scheduler:
                 self._step = None
                 self._changed.wait()
 
+    def _company_s(self, recognizer: Recognizer) -> float:
+        """Return how long the next request waits for others to share its run, which a microphone's never does."""
+        first = self._waiting.first
+        if not self._batch_wait_s or first is None or first.priority != Priority.NETWORK or first.alone:
+            return 0.0
+        if not (isinstance(recognizer, Batching) and recognizer.batches):
+            return 0.0
+        if len(self._waiting) >= min(recognizer.largest_batch, MOST[Priority.NETWORK]):
+            return 0.0
+        latest = first.deadline - self.costs.estimate_ms(first.seconds) * SAFETY / 1e3
+        return min(first.submitted_at + self._batch_wait_s, latest) - time.monotonic()
+
     def _begin_step(self, step: Step) -> None:
         self._steps, self._step = step.number, step
 
     def _run(self, first: Request, recognizer: Recognizer) -> Run:
-        """Return a run for the request, and for those which may share it; nothing waits for company."""
+        """Return a run for the request, and for those which may share it."""
         now, batch = time.monotonic(), [first]
         if len(self._waiting) and isinstance(recognizer, Batching) and recognizer.batches:
-            batch = self._waiting.pop_companions(first, lambda more: may_share(more, self.costs, now))
+            most = recognizer.largest_batch
+            batch = self._waiting.pop_companions(first, lambda more: may_share(more, self.costs, now, most))
         run = Run(batch, 0.0, now)
         run.estimate_ms = self.costs.estimate_ms(run.seconds)
         return run

@@ -199,6 +199,8 @@ class TensorRtNetwork:
     def __init__(self, plan: LoadedPlan, device: _Device, metadata: Mapping[str, str]) -> None:
         """Take memory for what is spoken alone; what batches need comes with the first batch. Raises EngineError."""
         self.metadata, self.device = metadata, device
+        self.largest_batch = max(profile.high["B"] for profile in plan.profiles)
+        """Utterances that a run takes, by the profiles that the plan was built with."""
         self.runs = 0
         self._plan = plan
         self._records = device.options.cuda_graphs and plan.shares_profiles

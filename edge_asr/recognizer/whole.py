@@ -37,6 +37,7 @@ class WholeParaformer:
     """
 
     batches = False
+    largest_batch = 1
 
     def __init__(self, bundle: Bundle, network: Network, engine: str) -> None:
         """Join bundle and network, and try them on a second of noise; raises BundleError where they do not fit.

@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.applications import Starlette
@@ -21,7 +22,8 @@ from edge_asr.errors import EdgeAsrError
 from edge_asr.serve.access import AllowedNetworks
 from edge_asr.serve.pcm import PcmStream
 from edge_asr.serve.replies import Deltas, Replies
-from edge_asr.serve.subtitles import cues
+from edge_asr.serve.subtitles import Span, cues, words
+from edge_asr.serve.wav_head import beginning
 from edge_asr.serve.websocket import (
     POLICY,
     UNSUPPORTED,
@@ -33,7 +35,7 @@ from edge_asr.serve.websocket import (
     together,
 )
 from edge_asr.service import SpeechService, SpeechStream
-from edge_asr.types import Partial, Transcript
+from edge_asr.types import SAMPLE_RATE, Partial, Transcript
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +73,9 @@ def make_funasr_app(service: SpeechService, config: FunasrConfig, limits: Limits
 
 async def _refuse(socket: WebSocket, error: ClientError) -> None:
     log.debug("a FunASR client: %s", error)
-    await socket.send_text(json.dumps({"text": "", "is_final": True, "error": str(error)}, ensure_ascii=False))
+    # Clients that wait for the end of an utterance take this for one that failed; the others see the connection close.
+    message = {"text": "", "is_final": False, "is_end": True, "error": str(error)}
+    await socket.send_text(json.dumps(message, ensure_ascii=False))
     await close(socket, error.code, str(error))
 
 
@@ -84,10 +88,13 @@ class _Session:
         self._idle_s = idle_s
         self._replies = Replies()
         self._stream: SpeechStream | None = None
+        self._rate = SAMPLE_RATE
         self._pcm = PcmStream()
-        self._at_head = True
+        self._head: bytes | None = b""
+        """The first bytes of an utterance, until they tell what follows."""
         self._told = asyncio.Event()
-        self._wording = Wording(TWO_PASS, "")
+        # The one client that names no mode sends recordings, and counts one message for each.
+        self._wording = Wording(OFFLINE, "")
 
     async def run(self) -> None:
         try:
@@ -108,35 +115,46 @@ class _Session:
         if self._stream is None:
             partials = self._wording.mode != OFFLINE
             self._stream = self._service.stream(self._replies, SOURCE, partials=partials)
-        if self._at_head:
-            self._at_head, data = False, _without_header(data)
+        if self._head is not None:
+            data = self._behind_head(self._head + data)
         await self._stream.push(self._pcm.push(data))
+
+    def _behind_head(self, data: bytes) -> bytes:
+        """Return the samples in the first bytes of an utterance, which may be a WAV file. Raises ClientError."""
+        try:
+            found = beginning(data)
+            if found is not None and found.kind is not None:
+                self._pcm = PcmStream(*found.kind)
+        except ValueError as error:
+            raise ClientError(UNSUPPORTED, f"the WAV file: {error}") from None
+        self._head = data if found is None else None
+        return b"" if found is None else data[found.place :]
 
     async def _obey(self, message: Mapping[str, Any]) -> None:
         """Take what a text frame says. Raises ClientError."""
         mode = message.get("mode", self._wording.mode)
         name = message.get("wav_name", self._wording.name)
-        rate = message.get("audio_fs", self._pcm.kind[0])
+        rate = message.get("audio_fs", self._rate)
         if mode not in MODES:
             raise ClientError(UNSUPPORTED, f"mode should be one of {', '.join(MODES)}")
         if not isinstance(name, str) or len(name) > LONGEST_NAME:
             raise ClientError(UNSUPPORTED, f"wav_name should be text of at most {LONGEST_NAME} characters")
         if message.get("wav_format", "pcm") not in ("pcm", "PCM", "wav"):
             raise ClientError(UNSUPPORTED, "wav_format should be pcm; send files to /recognize")
-        if not isinstance(rate, int) or isinstance(rate, bool):
-            raise ClientError(UNSUPPORTED, "audio_fs should be a number, such as 16000")
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or rate != rate // 1:
+            raise ClientError(UNSUPPORTED, "audio_fs should be a whole number, such as 16000")
         if ignored := [key for key in WITHOUT_EFFECT if message.get(key)]:
             log.debug("a FunASR client sets what has no effect here: %s", ", ".join(ignored))
-        if message.get("is_speaking") is False:
+        if message.get("is_speaking") is False or message.get("is_finished") is True:
             await self._finish()
         elif (mode, name) != (self._wording.mode, self._wording.name):
             await self._change(mode, name)
-        if rate != self._pcm.kind[0]:
-            self._use(rate)
+        if rate != self._rate:
+            self._use(int(rate))
 
     def _use(self, rate: int) -> None:
         try:
-            self._pcm = PcmStream(rate)
+            self._rate, self._pcm = rate, PcmStream(rate)
         except ValueError as error:
             raise ClientError(UNSUPPORTED, f"audio_fs: {error}") from None
 
@@ -153,8 +171,7 @@ class _Session:
             self._stream.end()
             await self._stream.flush()
             self._stream = None
-        rate = self._pcm.kind[0]
-        self._pcm, self._at_head = PcmStream(rate), True
+        self._pcm, self._head = PcmStream(self._rate), b""
         self._told.clear()
         self._replies.mark()
         await self._told.wait()  # what comes next may be worded otherwise
@@ -171,10 +188,25 @@ class _Session:
                 self._told.set()
 
 
-def _without_header(data: bytes) -> bytes:
-    """Return the samples of a WAV file's beginning; other bytes are samples already."""
-    place = data.find(b"data", 12)
-    return data[place + 8 :] if data[:4] == b"RIFF" and data[8:12] == b"WAVE" and place > 0 else data
+@dataclass(frozen=True, slots=True)
+class Times:
+    """When words and sentences were said, since the beginning of the utterance; none where that is not known."""
+
+    words: tuple[Span, ...]
+    sentences: tuple[Span, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return them as FunASR's server words them, in milliseconds."""
+        if not self.words:
+            return {}
+        spans = json.dumps([_ms(word) for word in self.words], separators=(",", ":"))
+        return {"timestamp": spans, "stamp_sents": [self._sentence(sentence) for sentence in self.sentences]}
+
+    def _sentence(self, sentence: Span) -> dict[str, Any]:
+        start, end = _ms(sentence)
+        within = [word for word in self.words if sentence.start_s <= word.start_s < sentence.end_s]
+        text = " ".join(word.text for word in within)
+        return {"text_seg": text, "punc": "", "start": start, "end": end, "ts_list": [_ms(word) for word in within]}
 
 
 class Wording:
@@ -184,19 +216,32 @@ class Wording:
         self.mode = mode
         self.name = name
         self._deltas = Deltas()
+        self._times: list[Times] = []
+        """Of a recording: those of its segments."""
 
     def of(self, reply: Partial | Transcript | None) -> list[dict[str, Any]]:
         """Return what is sent for a reply; None: the end of the utterance."""
         if reply is None:
-            text = self._deltas.said if self.mode == OFFLINE else ""
-            return [{**self._message(FINALS[self.mode], text), "is_final": True}]
+            return [{**self._last(), "is_final": True, "is_end": True}]
         if isinstance(reply, Partial) and not reply.end:
             return [] if self.mode == OFFLINE else self._online(self._deltas.grow(reply.stable))
         if isinstance(reply, Transcript) and self.mode == ONLINE:
             return self._online(self._deltas.settle(reply.text))
         text = self._deltas.replace(reply.text)  # which is none where a segment comes to nothing
-        times = _times(reply) if isinstance(reply, Transcript) else {}
-        return [{**self._message(FINALS[TWO_PASS], text), **times}] if self.mode == TWO_PASS else []
+        times = _times(reply) if isinstance(reply, Transcript) else Times((), ())
+        if self.mode == OFFLINE:
+            self._times.append(times)
+        return [{**self._message(FINALS[TWO_PASS], text), **times.to_json()}] if self.mode == TWO_PASS else []
+
+    def _last(self) -> dict[str, Any]:
+        """Return the message that ends an utterance; of a recording, it is the only one."""
+        if self.mode != OFFLINE:
+            return self._message(FINALS[self.mode], "")
+        whole = Times(
+            tuple(span for times in self._times for span in times.words),
+            tuple(span for times in self._times for span in times.sentences),
+        )
+        return {**self._message(OFFLINE, self._deltas.said), **whole.to_json()}
 
     def _online(self, delta: str) -> list[dict[str, Any]]:
         return [self._message(ONLINES[self.mode], delta)] if delta else []
@@ -205,14 +250,11 @@ class Wording:
         return {"mode": kind, "wav_name": self.name, "text": text, "is_final": False}
 
 
-def _times(transcript: Transcript) -> dict[str, Any]:
-    """Return the times of tokens and sentences, in milliseconds of the utterance, as FunASR's server words them."""
-    offset_ms = round((transcript.offset_s or 0.0) * 1e3)
-    if not transcript.tokens or any(token.start_ms is None or token.end_ms is None for token in transcript.tokens):
-        return {}
-    spans = [[offset_ms + (t.start_ms or 0), offset_ms + (t.end_ms or 0)] for t in transcript.tokens]
-    sentences = [
-        {"text_seg": cue.text, "punc": "", "start": round(cue.start_s * 1e3), "end": round(cue.end_s * 1e3)}
-        for cue in cues(transcript)
-    ]
-    return {"timestamp": json.dumps(spans, separators=(",", ":")), "stamp_sents": sentences}
+def _times(transcript: Transcript) -> Times:
+    if any(token.start_ms is None or token.end_ms is None for token in transcript.tokens):
+        return Times((), ())
+    return Times(tuple(words(transcript)), tuple(cues(transcript)))
+
+
+def _ms(span: Span) -> tuple[int, int]:
+    return round(span.start_s * 1e3), round(span.end_s * 1e3)

@@ -1,14 +1,18 @@
-"""What a stream has to say to its client: finals in order, and of partials only the latest. Bounded."""
+"""What a stream has to say to its client, in order: all finals, and of partials only the latest. Bounded."""
 
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict, deque
+import re
+from collections import OrderedDict
+from collections.abc import Hashable
 
 from edge_asr.types import Partial, Transcript
 
-FINALS = 64
-"""Transcripts that a client may be behind."""
+BEHIND = 64
+"""Replies that a client may be behind."""
+WORD = re.compile(r"\s*(?:[!-~]+|\S)")
+"""A Latin word or one other character, with the space before it."""
 
 Reply = Partial | Transcript
 
@@ -16,33 +20,33 @@ Reply = Partial | Transcript
 class Deltas:
     """What is new of a text that grows, segment after segment, for those who append it. Pure.
 
-    What was told cannot be taken back: where a final text is another one than was thought, what follows goes on from
-    as many characters as were told.
+    What was told cannot be taken back: where a final text is another one than was thought, what follows goes on after
+    as many words as were told, a Chinese character being one.
     """
 
     def __init__(self) -> None:
         self.said = ""
         """All that is settled."""
-        self._told = 0
-        """Characters of the present segment that were told before it was settled."""
+        self._told = ""
+        """What of the present segment was told before it was settled."""
 
     def grow(self, stable: str) -> str:
         """Return what is new in the beginning of a segment that will not change any more."""
         text = self._spaced(stable)
-        delta = text[self._told :]
-        self._told = max(self._told, len(text))
+        delta = _after(self._told, text)
+        self._told += delta
         return delta
 
     def settle(self, text: str) -> str:
         """Return what is new in the text of the segment, which is complete."""
         spaced = self._spaced(text)
-        delta, self._told = spaced[self._told :], 0
+        delta, self._told = _after(self._told, spaced), ""
         self.said += spaced
         return delta
 
     def replace(self, text: str) -> str:
         """Return the text of the segment for those who replace what they were told of it."""
-        self._told = 0
+        self._told = ""
         return self.settle(text)
 
     def _spaced(self, text: str) -> str:
@@ -51,31 +55,31 @@ class Deltas:
         return f" {text}" if apart else text
 
 
+def _after(told: str, text: str) -> str:
+    """Return what of a text comes after what was told of it."""
+    if text.startswith(told):
+        return text[len(told) :]
+    return "".join(WORD.findall(text)[len(WORD.findall(told)) :])
+
+
 class Replies:
     """Takes what a stream offers, until its client reads it; see TranscriptSink. For one event loop's thread."""
 
     def __init__(self) -> None:
-        self._finals: deque[Transcript | None] = deque()
-        self._partials: OrderedDict[str, Partial] = OrderedDict()
+        self._waiting: OrderedDict[Hashable, Reply | None] = OrderedDict()
         self._news = asyncio.Event()
         self._ended = False
         self.overrun = False
         """The client is too far behind."""
 
     def offer(self, transcript: Transcript) -> None:
-        """Take a final."""
-        self._partials.pop(transcript.id, None)
-        if len(self._finals) >= FINALS:
-            self.overrun = True
-        else:
-            self._finals.append(transcript)
-        self._news.set()
+        """Take a final; partials of its segment that nobody has read yet are forgotten."""
+        self._waiting.pop(transcript.id, None)
+        self._put(object(), transcript)
 
     def offer_partial(self, partial: Partial) -> None:
         """Take a partial; an earlier one of the same segment that nobody has read yet is forgotten."""
-        self._partials[partial.id] = partial
-        self._partials.move_to_end(partial.id)
-        self._news.set()
+        self._put(partial.id, partial)
 
     def end(self) -> None:
         """Say that nothing more comes."""
@@ -84,20 +88,21 @@ class Replies:
 
     def mark(self) -> None:
         """Let `next` return None once after what came before: an utterance has ended."""
-        self._partials.clear()
-        self._finals.append(None)
-        self._news.set()
+        self._put(object(), None)
 
     async def next(self) -> Reply | None:
         """Return what is to be said next; None: nothing any more, for it has ended or `overrun`, or a mark."""
-        while True:
-            if self.overrun:
-                return None
-            if self._finals:
-                return self._finals.popleft()
-            if self._partials:
-                return self._partials.popitem(last=False)[1]
-            if self._ended:
-                return None
+        while not (self.overrun or self._waiting or self._ended):
             self._news.clear()
             await self._news.wait()
+        if self.overrun or not self._waiting:
+            return None
+        return self._waiting.popitem(last=False)[1]
+
+    def _put(self, key: Hashable, reply: Reply | None) -> None:
+        if key in self._waiting or len(self._waiting) < BEHIND:
+            self._waiting[key] = reply
+        else:
+            self.overrun = True
+            self._waiting.clear()
+        self._news.set()

@@ -8,26 +8,22 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl
 
-from starlette.datastructures import UploadFile
-from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
 from edge_asr.serve.errors import RefusedError
+from edge_asr.serve.form import FIELD_BYTES, FORM, MOST_FIELDS, Form
 from edge_asr.serve.limits import content_type
 
 _T = TypeVar("_T")
 
-FORM = "multipart/form-data"
 RAW = ("audio/", "video/", "application/octet-stream")
-MOST_FIELDS = 32
-FIELD_BYTES = 65_536
 
 
 @dataclass(frozen=True, slots=True)
 class Upload:
     """What a request brought."""
 
-    data: bytes
+    data: bytes | bytearray
     """The file; empty where there was none."""
     fields: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """The others; `name[]` counts as `name`."""
@@ -39,12 +35,6 @@ class Upload:
         if len(values) > 1:
             raise RefusedError(400, f"{name} is there {len(values)} times; send it once", param=name)
         return values[0] if values else None
-
-
-class _InMemory(MultiPartParser):
-    """Starlette's parser, without temporary files: bodies are bounded before they come here."""
-
-    spool_max_size = 1 << 40
 
 
 async def read_upload(request: Request, *, raw: bool = False) -> Upload:
@@ -75,28 +65,11 @@ async def read_fields(request: Request) -> dict[str, str]:
 
 
 async def _read_form(request: Request) -> Upload:
-    parser = _InMemory(
-        request.headers, request.stream(), max_files=1, max_fields=MOST_FIELDS, max_part_size=FIELD_BYTES
-    )
-    try:
-        form = await parser.parse()
-    except MultiPartException as error:
-        raise RefusedError(400, f"the form cannot be read: {error.message}") from None
-    except (KeyError, ValueError, UnicodeError):  # a header of a part that makes no sense
-        raise RefusedError(400, "the form cannot be read; send it as multipart/form-data") from None
-    fields: dict[str, list[str]] = {}
-    data, found = b"", False
-    try:
-        for name, value in form.multi_items():
-            if not isinstance(value, UploadFile):
-                fields.setdefault(name.removesuffix("[]"), []).append(value)
-            elif name == "file":
-                data, found = await value.read(), True
-            else:
-                raise RefusedError(400, "the file is expected in the field file", param="file")
-    finally:
-        await form.close()
-    return Upload(data, fields, found)
+    form = Form(request.headers["content-type"])
+    async for part in request.stream():
+        form.write(part)
+    form.finish()
+    return Upload(form.file or b"", form.fields, form.file is not None)
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
