@@ -1,4 +1,4 @@
-"""A tenth of the load that the bench puts on a daemon: nobody is forgotten or told what others said. The bench has times."""
+"""A tenth of the load that the bench puts on a daemon: nobody is forgotten, or told what others said."""
 
 from __future__ import annotations
 
