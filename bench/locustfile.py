@@ -1,5 +1,6 @@
 """Clients of the REST interface, for a fleet's load tests with Locust; each knows what its recordings say.
 
+    pip install -e .[bench,serve]
     locust -f bench/locustfile.py --host http://127.0.0.1:8080 --users 50 --spawn-rate 10 --run-time 5m --headless
 
 The bundled model should be the one that answers; with another, set TEXTS=any. Where a token is needed: TOKEN=... .
