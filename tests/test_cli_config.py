@@ -97,6 +97,8 @@ def test_every_command_takes_config_and_overrides() -> None:
     for command in commands:
         assert command is not None
         annotations = set(command.__annotations__.values())
+        if command.__name__ == "token":  # it reads nothing
+            continue
         assert {"ConfigOption", "OverrideOption"} <= annotations, command.__name__
 
 

@@ -215,9 +215,12 @@ def test_a_daemon_whose_engine_is_being_built_says_so_and_takes_the_build_with_i
         daemon = start(broker.port, "--source", "stdin", "-o", f"state_dir={tmp_path / 'state'}",
                        program=("-c", BUILDING, str(pid)))  # fmt: skip
         wait_for(pid.exists, "the build")
-        subscriber.wait_for(lambda s: "built" in s.on("state")[-1].json["why"], "that it is being built")
+        built = "its engine is being built"
+        subscriber.wait_for(
+            lambda s: any(state.json["why"] == built for state in s.on("state")), "that it is being built"
+        )
         state = subscriber.on("state")[-1].json
-        assert (state["state"], state["why"]) == ("starting", "its engine is being built")
+        assert (state["state"], state["why"]) == ("starting", built)
         assert daemon.stop() == 0
         with pytest.raises(ProcessLookupError):
             os.kill(int(pid.read_text()), 0)
