@@ -50,7 +50,7 @@ Network = Annotated[str, AfterValidator(_network)]
 
 
 class ServerTlsConfig(Section):
-    """Encryption of what the server sends: both files or none."""
+    """Encryption of what the server sends; it takes effect with a restart."""
 
     cert_file: ReadableFile | None = None
     """The certificate, with those between it and its authority."""

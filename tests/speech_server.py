@@ -57,10 +57,10 @@ class Serving:
 
 
 @contextmanager
-def serving(**sections: Any) -> Iterator[Serving]:
+def serving(*, taken: frozenset[str] = frozenset(), **sections: Any) -> Iterator[Serving]:
     """Serve with the bundled model on free ports until the block ends: `serving(http={"limits": {"body_mb": 1}})`.
 
-    Without a broker and sources, unless the sections say otherwise.
+    Without a broker and sources, unless the sections say otherwise. `taken`: sections whose ports cannot be opened yet.
     """
     defaults: dict[str, Any] = {
         "device_id": "hall",
@@ -78,7 +78,8 @@ def serving(**sections: Any) -> Iterator[Serving]:
 
     async def run() -> None:
         async with (daemon := Daemon(config)).running():
-            while not daemon.ports.keys() >= {name for name in sections if sections[name].get("enabled")} & PORTS:
+            wanted = {name for name in PORTS if sections[name]["enabled"]} - taken
+            while not daemon.ports.keys() >= wanted:
                 await asyncio.sleep(0.005)
             started.append(Serving(daemon, asyncio.get_running_loop()))
             ready.set()

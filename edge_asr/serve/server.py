@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import socket
+import ssl
 import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -13,13 +14,14 @@ from typing import Any, Protocol
 import uvicorn
 
 from edge_asr.audio.decoders import Decoders
-from edge_asr.config_server import FunasrConfig, HttpConfig, LimitsConfig, ServerTlsConfig, WyomingConfig
+from edge_asr.config_server import FunasrConfig, HttpConfig, LimitsConfig, WyomingConfig
 from edge_asr.serve.access import Access
 from edge_asr.serve.admission import Admission
 from edge_asr.serve.api import make_app
 from edge_asr.serve.connections import http_protocol, websocket_protocol
 from edge_asr.serve.context import Context
 from edge_asr.serve.funasr import make_funasr_app
+from edge_asr.serve.tls import server_context
 from edge_asr.serve.wyoming import serve_wyoming
 from edge_asr.service import SpeechService
 
@@ -57,12 +59,19 @@ class SpeechServer:
         health: Callable[[], Mapping[str, Any]],
         changed: Callable[[], None] = lambda: None,
     ) -> None:
-        """`changed` is called, on the thread `http`, when `trouble` has changed. Raises ConfigError for bad tokens."""
+        """`changed` is called, on the thread `http`, when `trouble` has changed.
+
+        Raises ConfigError for bad tokens and certificates.
+        """
         self._service = service
         self._http, self._wyoming, self._funasr = http, wyoming, funasr
         self._health = health
         self._changed = changed
         self._access = Access(http)
+        self._tls = {
+            "http": server_context("http", http.tls) if http.enabled else None,
+            "funasr": server_context("funasr", funasr.tls) if funasr.enabled else None,
+        }
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None
         self._close_within_s = 0.0
@@ -125,11 +134,11 @@ class SpeechServer:
         async def open_http(sock: socket.socket) -> Port:
             admission = Admission(limits.wait_s, self._service.backlog_s)
             context = Context(self._service, self._http, decoders, admission, self._access, self._health)
-            return await _Uvicorn.open(make_app(context), sock, limits, self._http.tls)
+            return await _Uvicorn.open(make_app(context), sock, limits, self._tls["http"])
 
         async def open_funasr(sock: socket.socket) -> Port:
             app = make_funasr_app(self._service, self._funasr, limits)
-            return await _Uvicorn.open(app, sock, limits, self._funasr.tls)
+            return await _Uvicorn.open(app, sock, limits, self._tls["funasr"])
 
         async def open_wyoming(sock: socket.socket) -> Port:
             return await serve_wyoming(self._service, self._wyoming, limits, sock)
@@ -190,7 +199,7 @@ class _Uvicorn(uvicorn.Server):
     """uvicorn on a loop that is there already, which sleeps while nobody asks."""
 
     @classmethod
-    async def open(cls, app: Any, sock: socket.socket, limits: LimitsConfig, tls: ServerTlsConfig) -> _Uvicorn:
+    async def open(cls, app: Any, sock: socket.socket, limits: LimitsConfig, tls: ssl.SSLContext | None) -> _Uvicorn:
         """Serve an ASGI application on a socket."""
         config = uvicorn.Config(
             app,
@@ -208,10 +217,9 @@ class _Uvicorn(uvicorn.Server):
             ws_max_queue=8,
             ws_ping_interval=PING_S,
             ws_ping_timeout=PING_S,
-            ssl_certfile=tls.cert_file,
-            ssl_keyfile=tls.key_file,
         )
         config.load()
+        config.ssl = tls
         server = cls(config)
         server.lifespan = config.lifespan_class(config)
         await server.startup([sock])
