@@ -55,7 +55,7 @@ class Decoders:
             self._idle.cancel()
         child = self._free.pop() if self._free else _Child(self._limits)
         work = loop.run_in_executor(self._threads, child.decode, data, name, self._max_audio_s)
-        work.add_done_callback(lambda _: self._take_back(child))
+        work.add_done_callback(lambda done: self._take_back(child, done))
         patience = loop.call_later(self._timeout_s, child.kill)
         try:
             return await asyncio.shield(work)
@@ -70,7 +70,9 @@ class Decoders:
         self._end_free()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _take_back(self, child: _Child) -> None:
+    def _take_back(self, child: _Child, done: asyncio.Future[Samples]) -> None:
+        if not done.cancelled():
+            done.exception()  # who asked has gone where nobody else looks at it
         if child.dead:
             child.kill()
         else:

@@ -62,6 +62,14 @@ def is_crowded(connections: set[Any], address: str, limits: LimitsConfig, most: 
     return sum(client_of(peer) == client for peer in peers) > limits.connections_per_client
 
 
+OF_HANDSHAKE = (b"sec-websocket-", b"connection", b"upgrade")
+NO_TEXT = 1007
+"""How a WebSocket closes where a text frame is not UTF-8."""
+CLOSE_S = 3.0
+"""So long a client has to answer that a WebSocket closes."""
+BAD_HANDSHAKE = b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+
+
 class _Patience:
     """Ends a connection on which something takes too long."""
 
@@ -110,8 +118,21 @@ class _GuardedH11(H11Protocol):
         if not self._is_idle():
             self._headers.stop()
 
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no HTTP; uvicorn would let an application that has half of a request answer as well."""
+        if not self._is_idle():
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+            if self.cycle.response_started:
+                self.transport.close()
+                return
+        super().send_400_response(msg)
+
     def handle_websocket_upgrade(self, event: Any) -> None:
         self._headers.stop()
+        if not all(value.isascii() for name, value in self.headers if name.startswith(OF_HANDSHAKE)):
+            self.send_400_response("Invalid WebSocket handshake.")  # websockets would stumble over it
+            return
         super().handle_websocket_upgrade(event)
 
     def pause_writing(self) -> None:
@@ -130,9 +151,35 @@ class _GuardedWebSocket(WebSocketsSansIOProtocol):
     _limits: LimitsConfig
     _writing: _Patience
 
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.conn.handshake_exc is not None and not self.handshake_initiated:  # uvicorn says nothing, for ever
+            self.transport.write(BAD_HANDSHAKE)
+            self.transport.close()
+
+    def eof_received(self) -> None:
+        """Know that the client has gone; uvicorn would call an answer that it did not take an error."""
+        self.disconnected = self.handshake_complete = True
+        super().eof_received()
+
+    async def send(self, message: Any) -> None:
+        """Send; a handshake that was refused is complete, which uvicorn would take for forgotten."""
+        await super().send(message)
+        self.handshake_complete |= self.initial_response is not None and self.close_sent
+
+    def send_receive_event_to_app(self) -> None:
+        """Close where a text frame is no text; uvicorn would log each with a traceback."""
+        if self.curr_msg_data_type == "text" and not self.close_sent and not _is_text(b"".join(self.frames)):
+            if self.conn.close_sent is None:  # it may have come with the client's own close
+                self.conn.send_close(NO_TEXT)
+            self.handle_parser_exception()
+        else:
+            super().send_receive_event_to_app()
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         self._writing = _Patience(self.transport)
+        self.close_timeout = CLOSE_S
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._writing.stop()
@@ -145,3 +192,11 @@ class _GuardedWebSocket(WebSocketsSansIOProtocol):
     def resume_writing(self) -> None:
         self._writing.stop()
         super().resume_writing()
+
+
+def _is_text(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True

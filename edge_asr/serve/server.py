@@ -207,7 +207,7 @@ class _Uvicorn(uvicorn.Server):
             ws=websocket_protocol(limits),
             lifespan="off",
             log_config=None,
-            log_level=logging.WARNING,
+            log_level=logging.ERROR,  # its warnings are what clients do wrong: they are told
             access_log=False,
             date_header=False,
             server_header=False,
