@@ -22,6 +22,7 @@ from edge_asr.serve.errors import RefusedError, refusal_of
 from edge_asr.serve.rest import SOURCE, decoded
 from edge_asr.serve.schemas import (
     ERRORS,
+    LANGUAGE,
     REFUSALS,
     ModelOut,
     ModelsOut,
@@ -42,7 +43,6 @@ OF_SPEAKERS = ("known_speaker_names", "known_speaker_references")
 OWNER = "edge_asr"
 CREATED = 0
 """Nobody knows when a bundle was made."""
-LANGUAGE = re.compile(r"[A-Za-z]{2,3}(-[A-Za-z0-9]+)*")
 LANGUAGES = {"zh": "chinese", "en": "english"}
 CHINESE = re.compile("[\u3400-\u9fff]")
 LEAST = 1e-9
@@ -146,7 +146,7 @@ def read_wish(upload: Upload) -> Wish:
         raise RefusedError(400, "include needs response_format json", param="include")
     if stream and form not in STREAMED:
         raise RefusedError(400, f"stream needs response_format {' or '.join(STREAMED)}", param="stream")
-    if language is not None and not LANGUAGE.fullmatch(language):
+    if language is not None and not re.fullmatch(LANGUAGE, language):
         raise RefusedError(400, "language should be a code of ISO 639-1, such as zh", param="language")
     _check_temperature(upload.one("temperature"))
     for name in OF_SPEAKERS:

@@ -150,6 +150,7 @@ REFUSALS: dict[int | str, dict[str, Any]] = {status: ERRORS[status] for status i
 """What one that only tells something may."""
 OPEN_REFUSALS = {status: meaning for status, meaning in REFUSALS.items() if status != 401}
 """What one may that needs no token."""
+LANGUAGE = "[A-Za-z]{2,3}(-[A-Za-z0-9]+)*"
 BINARY: dict[str, Any] = {"type": "string", "format": "binary"}
 _FILE: dict[str, Any] = {**BINARY, "description": "audio of any format, or a video with sound"}
 
@@ -174,7 +175,11 @@ def transcription_form() -> dict[str, Any]:
     properties: dict[str, Any] = {
         "file": _FILE,
         "model": {"type": "string", "description": "a name that /v1/models lists, or whisper-1"},
-        "language": {"type": "string", "description": f"ISO 639-1; {ignored} on the text"},
+        "language": {
+            "type": "string",
+            "pattern": f"^{LANGUAGE}$",
+            "description": f"ISO 639-1; {ignored} on the text",
+        },
         "prompt": {"type": "string", "description": ignored},
         "response_format": {
             "type": "string",
