@@ -18,7 +18,7 @@ from edge_asr.config_server import FunasrConfig, HttpConfig, LimitsConfig, Wyomi
 from edge_asr.serve.access import Access
 from edge_asr.serve.admission import Admission
 from edge_asr.serve.api import make_app
-from edge_asr.serve.connections import http_protocol, websocket_protocol
+from edge_asr.serve.connections import HEADER_BYTES, http_protocol, websocket_protocol
 from edge_asr.serve.context import Context
 from edge_asr.serve.funasr import make_funasr_app
 from edge_asr.serve.tls import server_context
@@ -212,9 +212,11 @@ class _Uvicorn(uvicorn.Server):
             date_header=False,
             server_header=False,
             proxy_headers=False,
+            h11_max_incomplete_event_size=HEADER_BYTES,
             timeout_keep_alive=round(limits.idle_s),
             ws_max_size=LARGEST_MESSAGE,
             ws_max_queue=8,
+            ws_per_message_deflate=False,  # a small frame could become a large one
             ws_ping_interval=PING_S,
             ws_ping_timeout=PING_S,
         )
