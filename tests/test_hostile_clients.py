@@ -147,6 +147,13 @@ async def test_a_flood_is_told_to_come_back_and_others_are_served() -> None:
         assert await is_served(server)
 
 
+@pytest.mark.parametrize("odd", [b"Content-Length: 4", b"Sec-WebSocket-Version: \xff"])
+async def test_an_odd_handshake_is_answered(server: Serving, odd: bytes) -> None:
+    async with call(server.port) as (reader, writer):
+        writer.write(handshake("/stream_recognize")[:-2] + odd + b"\r\n\r\n")
+        assert (await rest(reader)).startswith(b"HTTP/1.1 400")
+
+
 @pytest.mark.parametrize("port", ["http", "funasr"])
 async def test_no_frame_is_larger_than_it_was_sent(server: Serving, port: str) -> None:
     async with call(server.daemon.ports[port]) as (reader, writer):
