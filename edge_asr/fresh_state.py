@@ -10,6 +10,7 @@ from pathlib import Path
 
 from edge_asr.config import Config
 from edge_asr.config_mqtt import HermesConfig, HomeAssistantConfig
+from edge_asr.config_server import FunasrConfig, HttpConfig, WyomingConfig
 
 ENGINES = "engines"
 
@@ -18,7 +19,8 @@ ENGINES = "engines"
 def fresh_state(config: Config) -> Iterator[Config]:
     """Yield the configuration with a `state_dir` for this once, which has the engines of the real one.
 
-    The outbox is in there, and nobody is told of the appliance in the language of Home Assistant or Hermes.
+    The outbox is in there, nobody is told of the appliance in the language of Home Assistant or Hermes, and no port is
+    open: the appliance itself may run beside it.
     """
     engines = config.state_dir.absolute() / ENGINES
     with contextlib.suppress(OSError):  # where nothing can be kept, an engine is built for this once
@@ -32,5 +34,8 @@ def fresh_state(config: Config) -> Iterator[Config]:
                 "outbox": config.outbox.model_copy(update={"file": None}),
                 "home_assistant": HomeAssistantConfig(enabled=False),
                 "hermes": HermesConfig(),
+                "http": HttpConfig(enabled=False),
+                "wyoming": WyomingConfig(),
+                "funasr": FunasrConfig(),
             }
         )
