@@ -39,7 +39,7 @@ def test_the_outbox_is_one_of_its_own_and_nobody_else_is_told(tmp_path: Path) ->
 def test_no_port_is_open(tmp_path: Path) -> None:
     doors = {name: {"enabled": True} for name in ("http", "wyoming", "funasr")}
     with fresh_state(Config.model_validate({"state_dir": tmp_path, **doors})) as config:
-        assert not (config.http.enabled or config.wyoming.enabled or config.funasr.enabled)
+        assert [section.enabled for section in (config.http, config.wyoming, config.funasr)] == [False] * 3
 
 
 def test_the_first_engine_of_a_machine_is_kept(tmp_path: Path) -> None:
