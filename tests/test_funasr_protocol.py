@@ -19,6 +19,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.typing import Subprotocol
 
 from edge_asr.serve.funasr import MODES, OFFLINE, ONLINE, TWO_PASS, Wording
+from edge_asr.speech.energy import end_of_sound
 from edge_asr.types import SAMPLE_RATE, Partial, Samples, SegmentId, Token, Transcript
 
 TEXTS = transcripts()
@@ -139,6 +140,27 @@ async def test_times_are_text_in_milliseconds_one_for_each_token(server: Serving
     assert sentence["text_seg"] == " ".join(TEXTS[NAMES[0]])
     assert sentence["ts_list"] == times
     assert (sentence["start"], sentence["end"]) == (times[0][0], times[-1][1])
+
+
+@pytest.mark.parametrize("mode", [OFFLINE, TWO_PASS])
+async def test_the_last_message_has_the_last_text(server: Serving, mode: str) -> None:
+    """The published client's `close` returns that one alone."""
+    sound = sound_of(NAMES[0])
+    client = await ask(server, mode, pcm(sound[: end_of_sound(sound)]))
+    assert client.messages[-1]["text"] == TEXTS[NAMES[0]]
+    assert (client.messages[-1]["is_final"], client.messages[-1]["is_end"]) == (True, True)
+    assert json.loads(client.messages[-1]["timestamp"])
+
+
+async def test_a_recording_has_a_longest_length_and_a_stream_has_none() -> None:
+    with serving(http={"limits": {"audio_s": 1}}) as server:
+        client = await ask(server, TWO_PASS, pcm(sound_of(NAMES[0])))
+        assert client.shown == TEXTS[NAMES[0]]
+        async with call(server) as socket:
+            await socket.send(hello(OFFLINE))
+            await socket.send(2 * pcm(PAUSE))
+            message = json.loads(await asyncio.wait_for(socket.recv(), PATIENCE_S))
+            assert "a recording of more than 1 s" in message["error"]
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -9,6 +9,7 @@ import os
 import resource
 from collections.abc import AsyncIterator, Iterator
 
+import numpy as np
 import pytest
 from bundled import recording, transcripts
 from fuzz_server import HOST, frame, handshake, request, wav
@@ -16,8 +17,11 @@ from mosquitto import PATIENCE_S, wait_for
 from speech_server import Serving, serving
 
 from bench.load import Client
+from edge_asr.audio.decoders import Decoders
 from edge_asr.serve import connections
 from edge_asr.serve.connections import HEADER_BYTES
+from edge_asr.serve.server import LONGEST_AT_ONCE
+from edge_asr.types import SAMPLE_RATE, Samples
 
 MOST = 20
 SOON_S = 0.5
@@ -169,6 +173,28 @@ async def test_a_body_is_never_larger_than_it_was_sent(server: Serving) -> None:
         body = gzip.compress(bytes(20_000_000))
         writer.write(request("POST", "/recognize", body, "Content-Type: audio/wav", "Content-Encoding: gzip"))
         assert (await reader.readuntil(b"\r\n")).split()[1] in (b"400", b"415")
+
+
+async def test_small_files_of_long_sound_are_not_all_in_memory_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    under_way: list[int] = [0]
+    most = 0
+
+    async def decode(_decoders: Decoders, _data: bytes) -> Samples:
+        nonlocal most
+        under_way[0] += 1
+        most = max(most, under_way[0])
+        await asyncio.sleep(0.02)
+        under_way[0] -= 1
+        return np.zeros(SAMPLE_RATE, np.float32)
+
+    monkeypatch.setattr(Decoders, "decode", decode)
+    with serving() as server:
+        clients = [Client(server.port) for _ in range(16)]
+        answers = await asyncio.gather(*(client.post("/recognize", b"a small file") for client in clients))
+        assert [status for status, _ in answers] == [200] * len(clients)
+        for client in clients:
+            await client.close()
+    assert most == LONGEST_AT_ONCE
 
 
 DEEP = b"[" * 50_000

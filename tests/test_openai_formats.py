@@ -70,6 +70,11 @@ def test_words_count_from_the_start_of_the_recording() -> None:
     assert words(transcript(spoken("灯"), offset_s=3600.5)) == [Span(3600.5, 3600.7, "灯")]
 
 
+def test_no_word_ends_after_the_sound() -> None:
+    [word] = words(transcript([("灯", 500, 1600)], offset_s=2.0, duration_s=1.5))
+    assert (word.start_s, word.end_s) == (2.5, 3.5)
+
+
 def test_words_whose_time_is_not_known_span_the_transcript() -> None:
     found = words(transcript([("开", None, None), ("灯", None, None)], offset_s=2.0, duration_s=1.5))
     assert found == [Span(2.0, 3.5, "开"), Span(2.0, 3.5, "灯")]

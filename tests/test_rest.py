@@ -287,7 +287,7 @@ def test_no_upload_touches_the_disk(server: Serving) -> None:
 def test_who_answers_says_so_and_who_can_recognise_too(server: Serving) -> None:
     alive, ready = ask(server, "GET", "/healthz"), ask(server, "GET", "/readyz")
     assert (alive[0].status, alive[1]) == (200, {"status": "alive"})
-    assert (ready[0].status, ready[1]) == (200, {"state": "ready", "why": ""})
+    assert (ready[0].status, ready[1]) == (200, {"state": "ready"})
 
 
 def test_without_a_model_it_is_alive_but_not_ready(server: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,7 +295,7 @@ def test_without_a_model_it_is_alive_but_not_ready(server: Serving, monkeypatch:
     assert ask(server, "GET", "/healthz")[0].status == 200
     answer, body = ask(server, "GET", "/readyz")
     assert answer.status == 503
-    assert body.keys() == {"state", "why"}
+    assert body.keys() == {"state"}
     assert refusal(server, "POST", "/recognize", AUDIO, WAV)[0::2] == (503, "not_ready")
 
 

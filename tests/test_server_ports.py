@@ -84,7 +84,7 @@ def test_a_port_that_is_taken_is_told_and_opened_when_it_is_free(
     monkeypatch.setattr(server_module, "RETRY_S", (0.01, 0.02))
     with socket.create_server(("127.0.0.1", 0)) as other, caplog.at_level(logging.WARNING):
         port = other.getsockname()[1]
-        told = f"funasr: 127.0.0.1:{port} cannot be opened"
+        told = f"funasr: 127.0.0.1:{port} cannot be opened (Address already in use); "
         with serving(funasr={"port": port}, taken=frozenset({"funasr"})) as server:
             wait_for(lambda: server.server.trouble.startswith(told), "the trouble")
             assert get(server.port, "/readyz")[0] == 200

@@ -10,6 +10,7 @@ from edge_asr.audio.decoders import Decoders
 from edge_asr.config_server import HttpConfig
 from edge_asr.serve.access import Access
 from edge_asr.serve.admission import Admission
+from edge_asr.serve.room import Room
 from edge_asr.service import SpeechService
 
 
@@ -21,6 +22,7 @@ class Context:
     config: HttpConfig
     decoders: Decoders
     admission: Admission
+    room: Room
     access: Access
     health: Callable[[], Mapping[str, Any]]
     """The state of the daemon, as it is published."""

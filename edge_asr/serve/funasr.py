@@ -62,7 +62,7 @@ def make_funasr_app(service: SpeechService, config: FunasrConfig, limits: Limits
         await socket.accept(SUBPROTOCOL if SUBPROTOCOL in socket.scope.get("subprotocols", ()) else None)
         with contextlib.suppress(WebSocketDisconnect, RuntimeError):  # it has gone; RuntimeError: while we wrote
             try:
-                await _Session(socket, service, limits.idle_s).run()
+                await _Session(socket, service, limits).run()
             except ClientError as error:
                 await _refuse(socket, error)
             except EdgeAsrError as error:
@@ -82,10 +82,10 @@ async def _refuse(socket: WebSocket, error: ClientError) -> None:
 class _Session:
     """One client: utterance after utterance."""
 
-    def __init__(self, socket: WebSocket, service: SpeechService, idle_s: float) -> None:
+    def __init__(self, socket: WebSocket, service: SpeechService, limits: LimitsConfig) -> None:
         self._socket = socket
         self._service = service
-        self._idle_s = idle_s
+        self._idle_s, self._longest_s = limits.idle_s, limits.audio_s
         self._replies = Replies()
         self._stream: SpeechStream | None = None
         self._rate = SAMPLE_RATE
@@ -93,6 +93,10 @@ class _Session:
         self._head: bytes | None = b""
         """The first bytes of an utterance, until they tell what follows."""
         self._told = asyncio.Event()
+        self._heard_s = 0.0
+        """Of an utterance."""
+        self._ending = False
+        """The client has said all of it."""
         # The one client that names no mode sends recordings, and counts one message for each.
         self._wording = Wording(OFFLINE, "")
 
@@ -117,7 +121,11 @@ class _Session:
             self._stream = self._service.stream(self._replies, SOURCE, partials=partials)
         if self._head is not None:
             data = self._behind_head(self._head + data)
-        await self._stream.push(self._pcm.push(data))
+        samples = self._pcm.push(data)
+        self._heard_s += len(samples) / SAMPLE_RATE
+        if self._wording.mode == OFFLINE and self._heard_s > self._longest_s:
+            raise ClientError(POLICY, f"a recording of more than {self._longest_s:g} s; cut it, or take another mode")
+        await self._stream.push(samples)
 
     def _behind_head(self, data: bytes) -> bytes:
         """Return the samples in the first bytes of an utterance, which may be a WAV file. Raises ClientError."""
@@ -168,22 +176,30 @@ class _Session:
         """End the utterance, and say so."""
         if self._stream is not None:
             await self._stream.push(self._pcm.flush())
+            self._ending = True
             self._stream.end()
             await self._stream.flush()
             self._stream = None
-        self._pcm, self._head = PcmStream(self._rate), b""
+        self._pcm, self._head, self._heard_s = PcmStream(self._rate), b"", 0.0
         self._told.clear()
         self._replies.mark()
         await self._told.wait()  # what comes next may be worded otherwise
 
     async def _speak(self) -> None:
+        held: list[dict[str, Any]] = []
         while True:
             reply = await self._replies.next()
             if self._replies.overrun:
                 raise ClientError(POLICY, "the client does not read what it is sent; read faster")
-            for message in self._wording.of(reply):
+            messages = [*held, *self._wording.of(reply)]
+            # There are clients that look at the last message only: it has the last text, if that was still to come.
+            held = messages[-1:] if self._ending and reply is not None else []
+            if reply is None and len(messages) > 1:
+                messages = [{**messages[-2], "is_final": True, "is_end": True}]
+            for message in messages[: len(messages) - len(held)]:
                 await self._socket.send_text(json.dumps(message, ensure_ascii=False))
             if reply is None:
+                self._ending = False
                 self._wording = Wording(self._wording.mode, self._wording.name)
                 self._told.set()
 

@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 from edge_asr.errors import EdgeAsrError
 from edge_asr.serve.context import Context
 from edge_asr.serve.errors import RefusedError, refusal_of
-from edge_asr.serve.rest import SOURCE, decoded
+from edge_asr.serve.rest import SOURCE, decoded, transcribed
 from edge_asr.serve.schemas import (
     ERRORS,
     LANGUAGE,
@@ -31,8 +31,8 @@ from edge_asr.serve.schemas import (
     transcription_form,
 )
 from edge_asr.serve.subtitles import cues, srt, text_of, vtt, words
-from edge_asr.serve.upload import Upload, collected, read_upload, while_connected
-from edge_asr.types import SAMPLE_RATE, Samples, Transcript
+from edge_asr.serve.upload import Upload, read_upload, while_connected
+from edge_asr.types import SAMPLE_RATE, Transcript
 
 ALIAS = "whisper-1"
 """What clients that know no other name ask for."""
@@ -80,8 +80,8 @@ def routes(context: Context) -> APIRouter:
             stack.enter_context(context.admission.request())
             if wish.stream:
                 return await _streamed(context, request, upload, wish, stack)
-            samples, found = await while_connected(request, _transcribed(context, upload))
-        return rendered(found, len(samples) / SAMPLE_RATE, wish)
+            duration_s, found = await while_connected(request, transcribed(context, upload))
+        return rendered(found, duration_s, wish)
 
     @router.get(
         "/models", operation_id="listModels", summary="The models", responses={200: {"model": ModelsOut}, **REFUSALS}
@@ -182,11 +182,6 @@ def _check_temperature(value: str | None) -> None:
         raise RefusedError(400, "temperature should be a number from 0 to 1", param="temperature")
 
 
-async def _transcribed(context: Context, upload: Upload) -> tuple[Samples, list[Transcript]]:
-    samples = await decoded(context, upload)
-    return samples, await collected(context.service.transcribe(samples, SOURCE))
-
-
 def rendered(found: Sequence[Transcript], duration_s: float, wish: Wish) -> Response:
     """Return the answer in the format that was asked for."""
     if wish.form == "text":
@@ -258,7 +253,7 @@ async def _streamed(
     context: Context, request: Request, upload: Upload, wish: Wish, stack: contextlib.AsyncExitStack
 ) -> Response:
     """Return the answer as events; what goes wrong up to the first one is still told by the status."""
-    samples = await while_connected(request, decoded(context, upload))
+    samples = await while_connected(request, stack.enter_async_context(decoded(context, upload)))
     found = context.service.transcribe(samples, SOURCE)
     stack.push_async_callback(found.aclose)
     first = await while_connected(request, _next(found))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import numpy as np
@@ -29,10 +31,9 @@ class Alive(BaseModel):
 
 
 class Ready(BaseModel):
-    """Whether something can be recognised, and why not."""
+    """Whether something can be recognised."""
 
     state: str
-    why: str
 
 
 def routes(context: Context) -> APIRouter:
@@ -51,8 +52,8 @@ def routes(context: Context) -> APIRouter:
         context.admission.check()
         upload = await read_upload(request, raw=True)
         with context.admission.request():
-            samples, found = await while_connected(request, transcribed(context, upload))
-        return JSONResponse(_recognized(found, len(samples) / SAMPLE_RATE))
+            duration_s, found = await while_connected(request, transcribed(context, upload))
+        return JSONResponse(_recognized(found, duration_s))
 
     @router.get(
         "/healthz",
@@ -74,24 +75,27 @@ def routes(context: Context) -> APIRouter:
         openapi_extra=NO_TOKEN,
     )
     async def ready() -> Response:
-        state = context.health()
-        seen = {"state": state["state"], "why": state["why"]}
-        return JSONResponse(seen, 200 if context.service.ready else 503)
+        # Not why: that names files and microphones, and this is for everybody.
+        return JSONResponse({"state": context.health()["state"]}, 200 if context.service.ready else 503)
 
     return router
 
 
-async def decoded(context: Context, upload: Upload) -> Samples:
-    """Return the sound of an upload. Raises RefusedError, AudioError."""
+@asynccontextmanager
+async def decoded(context: Context, upload: Upload) -> AsyncIterator[Samples]:
+    """Yield the sound of an upload, which has its place in memory so long. Raises RefusedError, EdgeAsrError."""
     if not upload.has_file:
         raise RefusedError(400, "a file is needed, in the field file of the form", param="file")
-    return await context.decoders.decode(upload.data)
+    async with context.room.place(context.config.limits.audio_s) as place:
+        samples = await context.decoders.decode(upload.data)
+        place.shrink(len(samples) / SAMPLE_RATE)
+        yield samples
 
 
-async def transcribed(context: Context, upload: Upload) -> tuple[Samples, list[Transcript]]:
-    """Return the sound of an upload and its transcripts. Raises RefusedError, EdgeAsrError."""
-    samples = await decoded(context, upload)
-    return samples, await collected(context.service.transcribe(samples, SOURCE))
+async def transcribed(context: Context, upload: Upload) -> tuple[float, list[Transcript]]:
+    """Return how many seconds an upload lasts, and its transcripts. Raises RefusedError, EdgeAsrError."""
+    async with decoded(context, upload) as samples:
+        return len(samples) / SAMPLE_RATE, await collected(context.service.transcribe(samples, SOURCE))
 
 
 def _recognized(found: list[Transcript], duration_s: float) -> dict[str, Any]:

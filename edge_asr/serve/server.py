@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import socket
 import ssl
 import threading
@@ -21,6 +22,7 @@ from edge_asr.serve.api import make_app
 from edge_asr.serve.connections import HEADER_BYTES, http_protocol, websocket_protocol
 from edge_asr.serve.context import Context
 from edge_asr.serve.funasr import make_funasr_app
+from edge_asr.serve.room import Room
 from edge_asr.serve.tls import server_context
 from edge_asr.serve.wyoming import serve_wyoming
 from edge_asr.service import SpeechService
@@ -31,6 +33,8 @@ BACKLOG = 128
 """Connections that the kernel accepts before we do."""
 RETRY_S = (1.0, 30.0)
 """When a port that is taken is tried again: at first, and in the end."""
+LONGEST_AT_ONCE = 4
+"""So many of the longest recordings may be in memory at a time."""
 LARGEST_MESSAGE = 1 << 20
 """Bytes of a message of a WebSocket."""
 PING_S = 20.0
@@ -133,7 +137,8 @@ class SpeechServer:
 
         async def open_http(sock: socket.socket) -> Port:
             admission = Admission(limits.wait_s, self._service.backlog_s)
-            context = Context(self._service, self._http, decoders, admission, self._access, self._health)
+            room = Room(LONGEST_AT_ONCE * limits.audio_s, limits.wait_s)
+            context = Context(self._service, self._http, decoders, admission, room, self._access, self._health)
             return await _Uvicorn.open(make_app(context), sock, limits, self._tls["http"])
 
         async def open_funasr(sock: socket.socket) -> Port:
@@ -167,7 +172,10 @@ class SpeechServer:
             try:
                 sock = await asyncio.to_thread(_bound, config.host, config.port)
             except OSError as error:
-                why = f"{section}: {config.host}:{config.port} cannot be opened ({error.strerror or error})"
+                reason = (
+                    os.strerror(error.errno) if error.errno and error.errno > 0 else error
+                )  # a resolver's are below
+                why = f"{section}: {config.host}:{config.port} cannot be opened ({reason})"
                 remedy = f"end what uses it, or set {section}.port and {section}.host"
                 if section not in self._troubles:
                     log.warning("%s; %s; it is tried again", why, remedy)

@@ -92,7 +92,8 @@ def _word(transcript: Transcript, tokens: Sequence[Token]) -> _Word:
     offset_s = transcript.offset_s or 0.0
     start_ms, end_ms = tokens[0].start_ms, tokens[-1].end_ms
     start_s = offset_s if start_ms is None else offset_s + start_ms / 1e3
-    end_s = offset_s + (transcript.duration_s if end_ms is None else end_ms / 1e3)
+    # The model's last token may last a moment longer than the sound.
+    end_s = offset_s + min(transcript.duration_s, transcript.duration_s if end_ms is None else end_ms / 1e3)
     text = join([token.text for token in tokens])
     return _Word(tuple(tokens), Span(start_s, max(end_s, start_s + SHORTEST_S), text))
 
