@@ -148,6 +148,11 @@ class Daemon:
         self._outbox = make_outbox(config)
         self._publisher = self._make_publisher() if config.mqtt.enabled else None
         self._server = self._make_server()
+        metrics.WAITING.set_function(lambda: self._keeper.scheduler.waiting)
+        metrics.BROKER_UP.set_function(
+            lambda: math.nan if (mqtt := self._publisher) is None else mqtt.stats().connected
+        )
+        metrics.BUILD.info({"version": __version__})
         self._loop: asyncio.AbstractEventLoop | None = None
         self._sources: list[WatchedSource] = []
         self._failures: list[EdgeAsrError] = []
@@ -446,6 +451,7 @@ class Daemon:
             return settled
         self._responses.add(settled.latency_ms["response"])
         metrics.RESPONSE.observe(settled.latency_ms["response"] / 1e3)
+        metrics.observe_stages("mqtt", settled.latency_ms)
         late = settled.within_budget is False
         if self._late_watch.add(settled.latency_ms, late):
             self._publish_state()
@@ -508,9 +514,14 @@ class Daemon:
         """Publish how things are now; from any thread, and the one that looked last publishes last."""
         with self._describing:
             state = self._describe()
+            self._show(state)
             self._notifier.status(": ".join(filter(None, (state["state"], state["why"]))))
             if self._publisher is not None:
                 self._publisher.set_state(state)
+
+    def _show(self, state: Mapping[str, Any]) -> None:
+        metrics.show_state(state["state"])
+        metrics.MODEL.info({"model": state["model"]})
 
     def _describe(self) -> dict[str, Any]:
         state, why = self._condition()

@@ -1,13 +1,13 @@
 """All metrics in one place.
 
-Names are `edge_asr_<what>_<unit>`, counters end in `_total`, and label values exist from the start.
+Names are `edge_asr_<what>_<unit>`, counters end in `_total`, and label values exist from the start, but for stages.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
-from prometheus_client import REGISTRY, Counter, Gauge, Histogram, Metric
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram, Info, Metric
 from prometheus_client.registry import Collector
 
 SEGMENTS = Counter("edge_asr_segments", "Segments cut out of the sources.")
@@ -43,6 +43,29 @@ RESPONSE = Histogram(
     buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 1, 2, 5, 10),
 )
 
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 1, 2, 5, 10)
+STAGE = Histogram(
+    "edge_asr_stage_seconds",
+    "Where the time of a transcript went, by where the transcript went and by the stage.",
+    ["surface", "stage"],
+    buckets=_SECONDS,
+)
+REQUEST = Histogram(
+    "edge_asr_request_seconds", "From when a request of the network was let in to its answer.", buckets=_SECONDS
+)
+REQUESTS = Gauge("edge_asr_requests_in_progress", "Requests of the network that were let in and are not answered.")
+STREAMS = Gauge("edge_asr_streams", "Streams of the network that are listened to.")
+WAITING = Gauge("edge_asr_waiting_requests", "Segments, partials included, that wait for the engine.")
+BATCH = Histogram("edge_asr_batch_segments", "Segments that shared a run.", buckets=(1, 2, 4, 8, 16, 32))
+RECOGNIZED = Counter("edge_asr_recognized_audio_seconds", "Sound that the engine was given, partials included.")
+INFERENCE = Counter("edge_asr_inference_seconds", "What that took; by the sound it is the real-time factor.")
+
+STATE = Gauge("edge_asr_state", "1 for the state that the appliance is in, 0 for the others.", ["state"])
+STATES = ("starting", "ready", "degraded")
+BROKER_UP = Gauge("edge_asr_broker_up", "1 while the broker is there, 0 while it is not, NaN where none is wanted.")
+MODEL = Info("edge_asr_model", "The model that answers.")
+BUILD = Info("edge_asr_build", "The program.")
+
 REFUSED = Counter("edge_asr_requests_refused", "Requests of the network not let in, by the reason.", ["reason"])
 
 ENGINE = Gauge("edge_asr_engine", "1 for the engine that answers, 0 for the others.", ["engine"])
@@ -71,6 +94,8 @@ for _step in STEPS:
     ENFORCED.labels(_step)
 for _reason in ("requests", "wait"):
     REFUSED.labels(_reason)
+for _state in STATES:
+    STATE.labels(_state)
 for _mode in ("push_to_talk", "phrase"):
     UNADDRESSED.labels(_mode)
 for _engine in ENGINES:
@@ -83,6 +108,18 @@ def show_engine(name: str) -> None:
     """Say which engine answers."""
     for engine in ENGINES:
         ENGINE.labels(engine).set(engine == name)
+
+
+def show_state(state: str) -> None:
+    """Say how the appliance is."""
+    for known in STATES:
+        STATE.labels(known).set(known == state)
+
+
+def observe_stages(surface: str, latency_ms: Mapping[str, float]) -> None:
+    """Count where the time of a transcript went."""
+    for stage, milliseconds in latency_ms.items():
+        STAGE.labels(surface, stage).observe(milliseconds / 1e3)
 
 
 class Sampled(Collector):

@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+from edge_asr import metrics
 from edge_asr.answers import Gates, Labels, TranscriptSink
 from edge_asr.audio.pushed import PushedSource
 from edge_asr.budget import LatencyBudget
@@ -170,7 +171,7 @@ class SpeechService:
                 f"{self._most_streams} streams are listened to already; try again later, or raise http.limits.streams",
                 RETRY_S,
             )
-        settled = _Settled(sink, self._budget)
+        settled = _Settled(sink, self._budget, source.partition(" ")[0])
 
         def listener(heard: PushedSource, detector: SpeechDetector) -> Listener:
             interval_ms = self._hearing.partial_interval_ms if partials else 0
@@ -192,6 +193,7 @@ class SpeechService:
         stream = SpeechStream(source, listener, settled, self._lend)
         self._streams.add(stream)
         stream.when_over(lambda: self._streams.discard(stream))
+        metrics.STREAMS.set_function(lambda: self.streams)
         return stream
 
     async def close(self) -> None:
@@ -327,14 +329,17 @@ class SpeechStream:
 class _Settled:
     """Completes the latency trace of what a sink gets, until it is closed; see TranscriptSink."""
 
-    def __init__(self, sink: TranscriptSink, budget: LatencyBudget) -> None:
+    def __init__(self, sink: TranscriptSink, budget: LatencyBudget, surface: str) -> None:
         self._sink: TranscriptSink | None = sink
         self._budget = budget
+        self._surface = surface
 
     def offer(self, transcript: Transcript) -> None:
         """Pass it on."""
         if self._sink is not None:
-            self._sink.offer(self._budget.settle(transcript, time.monotonic()))
+            settled = self._budget.settle(transcript, time.monotonic())
+            metrics.observe_stages(self._surface, settled.latency_ms)
+            self._sink.offer(settled)
 
     def offer_partial(self, partial: Partial) -> None:
         """Pass it on."""
@@ -360,4 +365,6 @@ async def _answer(waiting: deque[tuple[int, Samples, Future[Recognition]]], labe
     waiting.popleft()
     if answer.cancelled():
         raise NotReadyError("the server stops; ask again")
-    return transcript_at(index, samples, answer.result(), labels)
+    transcript = transcript_at(index, samples, answer.result(), labels)
+    metrics.observe_stages(labels.source, transcript.latency_ms)
+    return transcript

@@ -124,6 +124,7 @@ REQUESTS = (
     get("/v1/models/whisper-1"),
     get("/readyz?a=b"),
     get("/openapi.json"),
+    get("/metrics"),
     ((lambda data: request("OPTIONS", "/recognize", b"", "Origin: " + data.decode("latin-1")), b"http://evil.example"),),
     ((lambda data: data, handshake("/stream_recognize")),),
 )  # fmt: skip

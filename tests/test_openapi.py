@@ -20,6 +20,7 @@ OPERATIONS = (
     ("GET", "/v1/models/{name}"),
     ("GET", "/healthz"),
     ("GET", "/readyz"),
+    ("GET", "/metrics"),
 )
 
 

@@ -20,7 +20,7 @@ from edge_asr.recognizer.recognizers import Recognizer as Recognizer  # who make
 from edge_asr.recognizer.requests import Priority as Priority  # who asks finds it beside `submit`
 from edge_asr.recognizer.requests import Request, Waiting
 from edge_asr.recognizer.runs import MOST, SAFETY, Run, Step, may_share
-from edge_asr.types import Recognition, Samples
+from edge_asr.types import SAMPLE_RATE, Recognition, Samples
 
 WARM_AFTER_S = 2.0
 """An engine that has been idle for so long is slower at first."""
@@ -116,6 +116,11 @@ class Scheduler:
         request.answer.add_done_callback(lambda answer: self._forget(request) if answer.cancelled() else None)
         self._put(request)
         return request.answer
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait to be begun with."""
+        return len(self._waiting)
 
     def backlog_ms(self, least: Priority = Priority.MICROPHONE) -> float:
         """Return how many milliseconds of requests of this priority, or a higher one, wait or run, as far as is known.
@@ -278,6 +283,7 @@ class Scheduler:
             took_ms = (time.monotonic() - started) * 1e3
             if run.requests[0].counts:
                 self.costs.observe(run.seconds, took_ms)
+                _count(run, took_ms)
             self._end(run)
             self._take(run, found, took_ms)
 
@@ -387,3 +393,9 @@ class Scheduler:
                 raise EngineError("the engine was loaded too late, everything stops")
             self._taking_over = swap
             self._changed.notify()
+
+
+def _count(run: Run, took_ms: float) -> None:
+    metrics.BATCH.observe(len(run.requests))
+    metrics.INFERENCE.inc(took_ms / 1e3)
+    metrics.RECOGNIZED.inc(sum(len(request.piece.samples) for request in run.requests) / SAMPLE_RATE)

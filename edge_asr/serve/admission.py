@@ -63,13 +63,17 @@ class Admission:
     def request(self) -> Iterator[None]:
         """Let a request in until the block ends. Raises BusyError."""
         self.check()
+        began_at = self._clock()
         if not self._in_progress:
-            self._busy_since = self._clock()
+            self._busy_since = began_at
         self._in_progress += 1
+        metrics.REQUESTS.set(self._in_progress)
         try:
             yield
         finally:
             self._in_progress -= 1
+            metrics.REQUESTS.set(self._in_progress)
+            metrics.REQUEST.observe(self._clock() - began_at)
             self._observe()
 
     def _observe(self) -> None:
