@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -102,7 +103,8 @@ def serving(*, taken: frozenset[str] = frozenset(), **sections: Any) -> Iterator
     try:
         yield started[0]
     finally:
-        started[0].loop.call_soon_threadsafe(started[0].daemon.stop)
+        with contextlib.suppress(RuntimeError):  # the test has stopped it
+            started[0].loop.call_soon_threadsafe(started[0].daemon.stop)
         thread.join()
     if failures:
         raise failures[0]
