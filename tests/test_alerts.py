@@ -23,6 +23,7 @@ from bench.load import bundled_sentences, make_tape
 from edge_asr.serve import server as server_module
 
 FOLDER = REPOSITORY / "deploy" / "prometheus"
+DASHBOARD = REPOSITORY / "deploy" / "grafana" / "edge_asr.json"
 RULES = FOLDER / "edge_asr.rules.yml"
 LOADED = yaml.safe_load(RULES.read_text(encoding="utf-8"))
 ALERTS = {rule["alert"]: rule for group in LOADED["groups"] for rule in group["rules"] if "alert" in rule}
@@ -74,6 +75,15 @@ CASES: dict[str, tuple[dict[str, str], dict[str, str]]] = {
 METRIC = re.compile(r"edge_asr_\w+")
 
 
+def known_metrics() -> set[str]:
+    families = list(REGISTRY.collect())
+    names = {sample.name for family in families for sample in family.samples} | {family.name for family in families}
+    # There only once there is such a microphone, sensor or transcript.
+    microphone = {f"edge_asr_microphone_{name}" for name in ("up", "lost_seconds_total", "clipped_ratio")}
+    device = {f"edge_asr_{name}" for name in ("throttled", "temperature_celsius", "power_watts")}
+    return names | microphone | device | {f"edge_asr_stage_seconds_{kind}" for kind in ("sum", "count")}
+
+
 @pytest.fixture(scope="module")
 def promtool() -> str:
     return _program("promtool")
@@ -87,11 +97,7 @@ def _program(name: str) -> str:
 
 def test_every_alert_is_tested_and_counts_what_there_is() -> None:
     assert CASES.keys() == ALERTS.keys()
-    known = {sample.name for family in REGISTRY.collect() for sample in family.samples}
-    known |= {family.name for family in REGISTRY.collect()}
-    known |= {f"edge_asr_microphone_{name}" for name in ("up", "lost_seconds_total", "clipped_ratio")}
-    known |= {"edge_asr_throttled"}  # where there are such sensors
-    assert set(METRIC.findall(RULES.read_text(encoding="utf-8"))) <= known
+    assert set(METRIC.findall(RULES.read_text(encoding="utf-8"))) <= known_metrics()
 
 
 def test_rules_and_configuration_are_sound(promtool: str) -> None:
@@ -166,6 +172,19 @@ def watched(folder: Path, port: int) -> Iterator[Prometheus]:
 
 def fires(prometheus: Prometheus, alert: str) -> None:
     wait_for(lambda: alert in prometheus.firing(), f"{alert} to fire")
+
+
+def test_the_dashboard_asks_for_what_there_is(promtool: str, tmp_path: Path) -> None:
+    dashboard = json.loads(DASHBOARD.read_text(encoding="utf-8"))
+    asked = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    assert {metric for expression in asked for metric in METRIC.findall(expression)} <= known_metrics()
+    for variable, stands_for in (("$__rate_interval", "1m"), ("$instance", ".*")):
+        asked = [expression.replace(variable, stands_for) for expression in asked]
+    rules = [{"record": f"panel:{number}", "expr": expression} for number, expression in enumerate(asked)]
+    file = tmp_path / "rules.yml"
+    file.write_text(json.dumps({"groups": [{"name": "dashboard", "rules": rules}]}))
+    result = subprocess.run([promtool, "check", "rules", file], capture_output=True, text=True, timeout=PATIENCE_S)
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_a_real_prometheus_sees_the_broker_go_and_then_the_appliance(

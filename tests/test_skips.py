@@ -10,7 +10,17 @@ from pathlib import Path
 import pytest
 from bundled import REPOSITORY
 
-PROGRAMS = ("mosquitto", "mosquitto_sub", "mosquitto_passwd", "espeak-ng", "pulseaudio", "pactl", "paplay", "prometheus", "promtool")
+PROGRAMS = (
+    "mosquitto",
+    "mosquitto_sub",
+    "mosquitto_passwd",
+    "espeak-ng",
+    "pulseaudio",
+    "pactl",
+    "paplay",
+    "prometheus",
+    "promtool",
+)
 ELSEWHERE = ("/usr/sbin", "/usr/local/sbin")
 
 
