@@ -10,12 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bundled import BUNDLE, recording, transcripts
+from bundled import BUNDLE, REPOSITORY, recording, transcripts
 from mosquitto import PATIENCE_S, Mosquitto, find_program, wait_for
+from prometheus_client import REGISTRY
 from prometheus_client.parser import text_string_to_metric_families
 from speech_server import Serving, serving
 
-from edge_asr.metrics import STATES
+from edge_asr.metrics import DEVICE, STATES
 from edge_asr.serve.access import hash_of
 
 NAME, TEXT = min(transcripts().items())
@@ -111,3 +112,10 @@ def test_prometheus_finds_no_fault_with_names_and_units(server: Serving, promtoo
     _, text = ask(server, "GET", "/metrics")
     result = subprocess.run([promtool, "check", "metrics"], input=text, capture_output=True, timeout=PATIENCE_S)
     assert (result.returncode, result.stdout, result.stderr) == (0, b"", b"")
+
+
+def test_the_page_names_every_metric() -> None:
+    page = (REPOSITORY / "docs" / "metrics.md").read_text(encoding="utf-8")
+    ours = {family.name for family in REGISTRY.collect() if family.name.startswith("edge_asr_")}
+    device = {name for name in ours if name in {family.name for family in DEVICE.collect()}}
+    assert [name for name in sorted(ours - device) if f"`{name}" not in page] == []
