@@ -5,6 +5,7 @@ Runs with scripts/test-systemd only.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,6 +67,20 @@ def test_the_units_leave_little_open(machine: Appliance, unit: str) -> None:
     found = re.search(r"Overall exposure level .*: (\d+\.\d)", verdict.stdout)
     assert found, verdict.stdout
     assert float(found[1]) <= 2.5
+
+
+ASK = """\
+import sys, urllib.request
+with open(sys.argv[1], "rb") as file:
+    request = urllib.request.Request("http://127.0.0.1:8080/recognize", file.read(), {"Content-Type": "audio/wav"})
+print(urllib.request.urlopen(request).read().decode())
+"""
+
+
+def test_what_is_asked_is_answered(machine: Appliance) -> None:
+    """The children that decode uploads set their limits in the sandbox."""
+    answer = machine.run("python3", "-c", ASK, f"/media/stick/samples/{FIRST}").stdout
+    assert json.loads(answer)["text"] == SAMPLES[FIRST]
 
 
 def test_what_is_said_is_published(machine: Appliance) -> None:
