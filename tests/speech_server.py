@@ -68,6 +68,7 @@ def serving(*, taken: frozenset[str] = frozenset(), **sections: Any) -> Iterator
         "model": BUNDLE,
         "engine": {"threads": 1},
         "mqtt": {"enabled": False},
+        "outbox": {"enabled": False},  # the folder is that of all tests
         "drain_s": 2,
     }
     for section in ("http", "wyoming", "funasr"):
