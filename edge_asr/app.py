@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
@@ -41,14 +41,17 @@ from edge_asr.speech.vad import SileroDetector, SteadyDetector
 from edge_asr.speech.wake_phrase import WakePhrase
 from edge_asr.systemd import Notifier, Progress, extend_timeout, feed_watchdog
 from edge_asr.transcribe import transcribe
-from edge_asr.types import CHUNK_S, CHUNK_SAMPLES, SAMPLE_RATE, Transcript
+from edge_asr.types import CHUNK_S, CHUNK_SAMPLES, SAMPLE_RATE, Partial, Transcript
 
 if TYPE_CHECKING:
+    from edge_asr.serve.captions import Captions
     from edge_asr.serve.server import SpeechServer
 
 log = logging.getLogger(__name__)
 
 STATE_EVERY_S = 10.0
+SILENCE = 1e-4
+"""What is not louder than that is nothing: -80 dB of full scale."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -90,7 +93,7 @@ def choose_pace(source: SourceConfig, config: Config) -> Pace:
     return Pace(
         live,
         None if waits else config.budget.max_backlog_s,
-        config.segment.partial_interval_ms if live and config.mqtt.enabled else 0,
+        config.segment.partial_interval_ms if live and (config.mqtt.enabled or config.http.enabled) else 0,
     )
 
 
@@ -112,6 +115,21 @@ class _Answering:
     @property
     def gates(self) -> Gates:
         return choose_gates(self._gates, self._keeper.bundle)
+
+
+class _Shown:
+    """Shows what is said to those who watch; see TranscriptSink. `settle`: None where the publisher shows finals."""
+
+    def __init__(self, captions: Captions, settle: Callable[[Transcript], Transcript] | None) -> None:
+        self._captions = captions
+        self._settle = settle
+
+    def offer(self, transcript: Transcript) -> None:
+        if self._settle is not None:
+            self._captions.offer(self._settle(transcript))
+
+    def offer_partial(self, partial: Partial) -> None:
+        self._captions.offer_partial(partial)
 
 
 def transcribe_files(config: Config, paths: Sequence[str]) -> Iterator[tuple[str, Transcript | EdgeAsrError]]:
@@ -169,7 +187,7 @@ class Daemon:
 
     def _make_publisher(self) -> MqttPublisher:
         config = self._config
-        command = self._command if config.mqtt.commands else None
+        command = self.command if config.mqtt.commands else None
         dialects: list[Dialect] = []
         if config.home_assistant.enabled:
             base, commands = config.mqtt.base, config.mqtt.commands
@@ -184,7 +202,7 @@ class Daemon:
             config.device_id,
             self._outbox,
             client_id=client_id(config.mqtt, config.device_id, config.state_dir),
-            finish=self._settle,
+            finish=self._settled,
             command=command,
             dialects=dialects,
             changed=self._publish_state,
@@ -224,7 +242,7 @@ class Daemon:
             streams=limits.streams,
             wait_s=limits.wait_s,
         )
-        return SpeechServer(service, config.http, config.wyoming, config.funasr, self._describe, self._publish_state)
+        return SpeechServer(service, config.http, config.wyoming, config.funasr, self, self._publish_state)
 
     def _wake_publisher(self) -> None:
         if self._publisher is not None:
@@ -354,6 +372,8 @@ class Daemon:
 
     def _make_listener(self, source: WatchedSource, pace: Pace) -> Listener:
         sinks: list[TranscriptSink] = [] if self._publisher is None else [self._publisher]
+        if self._server is not None:
+            sinks.append(_Shown(self._server.captions, None if self._publisher is not None else self._settle))
         return Listener(
             source.audio,
             SteadyDetector(SileroDetector(), self._config.segment.threshold),
@@ -439,8 +459,15 @@ class Daemon:
             self._drain_by = time.monotonic() + self._config.drain_s
         return max(0.0, self._drain_by - time.monotonic())
 
+    def _settled(self, transcript: Transcript) -> Transcript:
+        """Complete the trace on the publisher thread, and show the transcript to whoever watches."""
+        settled = self._settle(transcript)
+        if self._server is not None:
+            self._server.captions.offer(settled)
+        return settled
+
     def _settle(self, transcript: Transcript) -> Transcript:
-        """Complete the trace on the publisher thread, at the last moment before the transcript is serialised."""
+        """Complete the trace at the last moment before the transcript is serialised."""
         settled = self._budget.settle(transcript, time.monotonic())
         self._published += 1
         if settled.marks is None:  # played as fast as it goes: nobody waited for it
@@ -464,8 +491,8 @@ class Daemon:
             )  # fmt: skip
         return settled
 
-    def _command(self, name: str, arguments: Mapping[str, Any]) -> Future[Mapping[str, Any]]:
-        """Carry a command of the publisher's thread out on the loop's."""
+    def command(self, name: str, arguments: Mapping[str, Any]) -> Future[Mapping[str, Any]]:
+        """Carry a command of any thread out on the loop's; the future raises EdgeAsrError."""
         assert self._loop is not None  # the publisher is started by `running`
         obeying = self._reload() if name == "reload" else self._controls.obey(name, arguments)
         return asyncio.run_coroutine_threadsafe(obeying, self._loop)
@@ -513,19 +540,25 @@ class Daemon:
     def _publish_state(self) -> None:
         """Publish how things are now; from any thread, and the one that looked last publishes last."""
         with self._describing:
-            state = self._describe()
-            self._show(state)
+            state = self.describe()
+            metrics.show_state(state["state"])
+            metrics.MODEL.info({"model": state["model"]})
             self._notifier.status(": ".join(filter(None, (state["state"], state["why"]))))
             if self._publisher is not None:
                 self._publisher.set_state(state)
+            if self._server is not None:
+                self._server.captions.set_state(state)
 
-    def _show(self, state: Mapping[str, Any]) -> None:
-        metrics.show_state(state["state"])
-        metrics.MODEL.info({"model": state["model"]})
+    def levels(self) -> dict[str, float]:
+        """Return the loudest moment of each source since it was asked last, in dB of full scale; for any thread."""
+        listening = zip(self._sources, self._listeners, strict=False)  # one is added to both, not at once
+        return {source.name: 20 * math.log10(max(listener.take_peak(), SILENCE)) for source, listener in listening}
 
-    def _describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
+        """Return how everything is, as `state` tells it; for any thread."""
         state, why = self._condition()
         return {
+            "device_id": self._config.device_id,
             "state": state,
             "why": why,
             "engine": self._keeper.engine,

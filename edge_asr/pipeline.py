@@ -118,6 +118,7 @@ class Listener:
         self._stopping = self._muted = False
         self._position: float | None = None
         self._heard_at = 0.0
+        self._peak = 0.0
         self._ahead_s = 0.0
         """Seconds of sound that have come beyond the time that has passed."""
 
@@ -130,6 +131,11 @@ class Listener:
     def lost(self) -> int:
         """Segments given up because too many waited."""
         return self._answers.lost
+
+    def take_peak(self) -> float:
+        """Return the loudest sample (0 to 1) since it was asked last; for any thread."""
+        peak, self._peak = self._peak, 0.0
+        return peak
 
     async def run(self) -> None:
         """Listen until the source ends, and until its last transcript is offered. Raises AudioError."""
@@ -182,6 +188,7 @@ class Listener:
 
     async def _hear(self, chunk: Chunk) -> None:
         self._recording.append(chunk)
+        self._peak = max(self._peak, float(chunk.samples.max()), -float(chunk.samples.min()))
         self._follow(chunk)
         self._look_at_decodes()
         for event in self._segmenter.step(self._detector(chunk)):

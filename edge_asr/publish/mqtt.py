@@ -131,7 +131,8 @@ class MqttPublisher:
 
     def describe(self) -> dict[str, Any]:
         """Return what `state` says of the broker, from any thread: what went wrong is told once it is over."""
-        return {"reconnects": max(0, self._greetings - 1), "last_failure": self._last_failure}
+        reconnects = max(0, self._greetings - 1)
+        return {"connected": self._greeted, "reconnects": reconnects, "last_failure": self._last_failure}
 
     def start(self) -> None:
         """Start the thread; it connects by itself, as often as needed."""
@@ -297,11 +298,13 @@ class MqttPublisher:
         self._greetings += 1
         self._greeted = True
         self._warned.clear()
+        self._changed()
         self._notices.greet(connection)
 
     def _lose(self, why: str, *, lasting: bool = False, at_once: bool = False) -> None:
         """Give the connection up, and plan the next attempt."""
-        connection, self._connection, self._greeted = self._connection, None, False
+        connection, self._connection = self._connection, None
+        greeted, self._greeted = self._greeted, False
         if connection is not None:
             connection.drop()
             if connection.up_since and time.monotonic() - connection.up_since >= self._config.reconnect_max_s:
@@ -312,6 +315,8 @@ class MqttPublisher:
         self._notices.lose()
         self._tend_outbox(online=False)
         self._look_for_trouble()
+        if greeted:
+            self._changed()
         longest = self._config.reconnect_max_s
         delay_s = min(longest, self._config.reconnect_min_s * 2.0 ** min(self._failures, 16))
         # Many appliances must not come back in step; and what only people can mend is not asked for all the time.

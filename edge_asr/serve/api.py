@@ -9,7 +9,7 @@ from starlette.exceptions import HTTPException
 
 from edge_asr import __version__
 from edge_asr.errors import EdgeAsrError
-from edge_asr.serve import errors, login, openai, rest, scrape, websocket
+from edge_asr.serve import admin, errors, login, openai, page, rest, scrape, websocket
 from edge_asr.serve.context import Context
 from edge_asr.serve.limits import Gate
 
@@ -33,7 +33,7 @@ def make_app(context: Context) -> FastAPI:
         },
         redirect_slashes=False,
     )
-    for part in (rest, openai, websocket, login, scrape):
+    for part in (rest, openai, websocket, login, scrape, admin, page):
         app.include_router(part.routes(context))
     app.add_middleware(Gate, access=context.access, limits=context.config.limits)
     _describe_access(app)

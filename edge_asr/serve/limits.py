@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import HTTPConnection
+from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from edge_asr.config_server import LimitsConfig
@@ -98,7 +99,7 @@ class Gate:
             self._check(connection)
             await self._app(scope, body.receive, answer)
         except RefusedError as refused:  # by the check: the application answers its own
-            await refused.response()(scope, receive, answer)
+            await _refusal(refused, connection)(scope, receive, answer)
         finally:
             self._held.bytes -= body.size
 
@@ -126,6 +127,12 @@ class Gate:
         announced = connection.headers.get("content-length", "0")
         if not announced.isdecimal() or int(announced) > self._limits.body_mb * MB:
             raise too_large(self._limits)
+
+
+def _refusal(refused: RefusedError, connection: HTTPConnection) -> Response:
+    """Return the answer: a person at the page is asked for the token."""
+    at_the_page = connection.scope["method"] in SAFE and connection.url.path == "/"
+    return RedirectResponse("/login", 303) if refused.status == 401 and at_the_page else refused.response()
 
 
 def too_large(limits: LimitsConfig) -> RefusedError:

@@ -6,6 +6,7 @@ import asyncio
 import re
 from collections import OrderedDict
 from collections.abc import Hashable
+from typing import Generic, TypeVar
 
 from edge_asr.types import Partial, Transcript
 
@@ -15,6 +16,7 @@ WORD = re.compile(r"\s*(?:[!-~]+|\S)")
 """A Latin word or one other character, with the space before it."""
 
 Reply = Partial | Transcript
+Item = TypeVar("Item")
 
 
 class Deltas:
@@ -62,36 +64,36 @@ def _after(told: str, text: str) -> str:
     return "".join(WORD.findall(text)[len(WORD.findall(told)) :])
 
 
-class Replies:
-    """Takes what a stream offers, until its client reads it; see TranscriptSink. For one event loop's thread."""
+class Outgoing(Generic[Item]):
+    """What is to be told a client, in order, and of each key only the latest. For one event loop's thread."""
 
     def __init__(self) -> None:
-        self._waiting: OrderedDict[Hashable, Reply | None] = OrderedDict()
+        self._waiting: OrderedDict[Hashable, Item] = OrderedDict()
         self._news = asyncio.Event()
         self._ended = False
         self.overrun = False
         """The client is too far behind."""
 
-    def offer(self, transcript: Transcript) -> None:
-        """Take a final; partials of its segment that nobody has read yet are forgotten."""
-        self._waiting.pop(transcript.id, None)
-        self._put(object(), transcript)
+    def put(self, key: Hashable, item: Item) -> None:
+        """Take what is to be told; it takes the place of what waits under the same key."""
+        if key in self._waiting or len(self._waiting) < BEHIND:
+            self._waiting[key] = item
+        else:
+            self.overrun = True
+            self._waiting.clear()
+        self._news.set()
 
-    def offer_partial(self, partial: Partial) -> None:
-        """Take a partial; an earlier one of the same segment that nobody has read yet is forgotten."""
-        self._put(partial.id, partial)
+    def drop(self, key: Hashable) -> None:
+        """Forget what waits under a key, if anything does."""
+        self._waiting.pop(key, None)
 
     def end(self) -> None:
         """Say that nothing more comes."""
         self._ended = True
         self._news.set()
 
-    def mark(self) -> None:
-        """Let `next` return None once after what came before: an utterance has ended."""
-        self._put(object(), None)
-
-    async def next(self) -> Reply | None:
-        """Return what is to be said next; None: nothing any more, for it has ended or `overrun`, or a mark."""
+    async def next(self) -> Item | None:
+        """Return what is to be told next; None: nothing any more, for it has ended or `overrun`."""
         while not (self.overrun or self._waiting or self._ended):
             self._news.clear()
             await self._news.wait()
@@ -99,10 +101,19 @@ class Replies:
             return None
         return self._waiting.popitem(last=False)[1]
 
-    def _put(self, key: Hashable, reply: Reply | None) -> None:
-        if key in self._waiting or len(self._waiting) < BEHIND:
-            self._waiting[key] = reply
-        else:
-            self.overrun = True
-            self._waiting.clear()
-        self._news.set()
+
+class Replies(Outgoing[Reply | None]):
+    """Takes what a stream offers, until its client reads it; see TranscriptSink. After a mark `next` returns None."""
+
+    def offer(self, transcript: Transcript) -> None:
+        """Take a final; partials of its segment that nobody has read yet are forgotten."""
+        self.drop(transcript.id)
+        self.put(object(), transcript)
+
+    def offer_partial(self, partial: Partial) -> None:
+        """Take a partial; an earlier one of the same segment that nobody has read yet is forgotten."""
+        self.put(partial.id, partial)
+
+    def mark(self) -> None:
+        """Let `next` return None once after what came before: an utterance has ended."""
+        self.put(object(), None)

@@ -76,7 +76,7 @@ def routes(context: Context) -> APIRouter:
     )
     async def ready() -> Response:
         # Not why: that names files and microphones, and this is for everybody.
-        return JSONResponse({"state": context.health()["state"]}, 200 if context.service.ready else 503)
+        return JSONResponse({"state": context.appliance.describe()["state"]}, 200 if context.service.ready else 503)
 
     return router
 

@@ -9,7 +9,7 @@ import os
 import socket
 import ssl
 import threading
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
 import uvicorn
@@ -19,8 +19,9 @@ from edge_asr.config_server import FunasrConfig, HttpConfig, LimitsConfig, Wyomi
 from edge_asr.serve.access import Access
 from edge_asr.serve.admission import Admission
 from edge_asr.serve.api import make_app
+from edge_asr.serve.captions import Captions
 from edge_asr.serve.connections import HEADER_BYTES, http_protocol, websocket_protocol
-from edge_asr.serve.context import Context
+from edge_asr.serve.context import Appliance, Context
 from edge_asr.serve.funasr import make_funasr_app
 from edge_asr.serve.room import Room
 from edge_asr.serve.tls import server_context
@@ -60,7 +61,7 @@ class SpeechServer:
         http: HttpConfig,
         wyoming: WyomingConfig,
         funasr: FunasrConfig,
-        health: Callable[[], Mapping[str, Any]],
+        appliance: Appliance,
         changed: Callable[[], None] = lambda: None,
     ) -> None:
         """`changed` is called, on the thread `http`, when `trouble` has changed.
@@ -69,7 +70,9 @@ class SpeechServer:
         """
         self._service = service
         self._http, self._wyoming, self._funasr = http, wyoming, funasr
-        self._health = health
+        self._appliance = appliance
+        self.captions = Captions(appliance.levels)
+        """Whoever watches sees what is offered here."""
         self._changed = changed
         self._access = Access(http)
         self._tls = {
@@ -138,7 +141,9 @@ class SpeechServer:
         async def open_http(sock: socket.socket) -> Port:
             admission = Admission(limits.wait_s, self._service.backlog_s)
             room = Room(LONGEST_AT_ONCE * limits.audio_s, limits.wait_s)
-            context = Context(self._service, self._http, decoders, admission, room, self._access, self._health)
+            context = Context(
+                self._service, self._http, decoders, admission, room, self._access, self._appliance, self.captions
+            )
             return await _Uvicorn.open(make_app(context), sock, limits, self._tls["http"])
 
         async def open_funasr(sock: socket.socket) -> Port:
