@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
+from mosquitto import wait_for
 from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 from speech_server import serving
 
 LIMITS = {"requests_per_minute": 1_000_000, "header_s": 2.0, "body_s": 2.0}
 UPLOADS = (("POST", "/recognize"), ("POST", "/v1/audio/transcriptions"))
+CONTROLS = (("POST", "/admin/mute"), ("POST", "/admin/preset"), ("POST", "/admin/listen"))
+CHANGES = (("POST", "/admin/reload"), ("POST", "/admin/rollback"))
 OPERATIONS = (
     *UPLOADS,
+    *CONTROLS,
+    *CHANGES,
+    ("GET", "/admin/state"),
     ("GET", "/v1/models"),
     ("GET", "/v1/models/{name}"),
     ("GET", "/healthz"),
@@ -25,8 +32,11 @@ OPERATIONS = (
 
 
 @pytest.fixture(scope="module")
-def document() -> Iterator[Any]:
-    with serving(http={"limits": LIMITS}) as server:
+def document(tmp_path_factory: pytest.TempPathFactory, state_folder: Path) -> Iterator[Any]:
+    own = tmp_path_factory.mktemp("state")  # mute and preset outlive a restart
+    (own / "engines").symlink_to(state_folder / "engines")
+    with serving(state_dir=own, http={"limits": LIMITS}) as server:
+        wait_for(lambda: server.service.ready, "the model")
         yield schemathesis.openapi.from_url(f"{server.url}/openapi.json")
 
 
@@ -54,7 +64,7 @@ def test_what_is_allowed_is_answered_as_documented(document: Any, method: str, p
     hold(document, method, path, GenerationMode("positive"), 20)
 
 
-@pytest.mark.parametrize(("method", "path"), UPLOADS)
+@pytest.mark.parametrize(("method", "path"), [*UPLOADS, *CONTROLS])
 def test_what_is_not_allowed_is_refused_as_documented(document: Any, method: str, path: str) -> None:
     hold(document, method, path, GenerationMode("negative"), 20)
 
