@@ -29,7 +29,7 @@ export function showPartial(partial) {
 export function showFinal(said) {
   following(() => {
     forget(said.id);
-    const line = make("li");
+    const line = make("p");
     const at = said.start ? new Date(said.start).toLocaleTimeString(locale()) : "";
     const response = said.latency_ms.response === undefined ? "" : `${said.latency_ms.response.toFixed(0)} ms`;
     line.append(make("span", "meta", [at, said.source, response].filter(Boolean).join(" · ")));

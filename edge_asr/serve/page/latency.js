@@ -3,7 +3,8 @@ import {make} from "./captions.js";
 import {word} from "./words.js";
 
 const MOST = 200;
-const WIDTH = 600, HEIGHT = 220, LEFT = 4, RIGHT = 4;
+const HEIGHT = 240, FEWEST = 60;
+const LONGEST_PAUSE = 1.4; // of the budget: a longer one is cut off at the foot
 const POST_ROLL_MS = 96; // so long after the end of speech it is decoded
 const STAGES = ["queue", "features", "encoder", "cif", "decoder", "model"];
 const ROWS = ["pause", ...STAGES, "publish", "response", "total"];
@@ -50,20 +51,21 @@ function summaryOf(timed, budget) {
 }
 
 function picture(timed, budget, summary) {
-  const below = Math.max(100, ...timed.map(({latency_ms: spent}) => spent.endpoint ?? 0));
-  const above = Math.min(3 * budget, Math.max(1.15 * budget, ...timed.map(({latency_ms: spent}) => spent.response)));
-  const y = (ms) => (HEIGHT * (above - Math.min(ms, above))) / (above + below);
-  const svg = shape("svg", {viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": summary});
-  const step = (WIDTH - LEFT - RIGHT) / Math.max(timed.length, 60);
+  const width = document.getElementById("picture").clientWidth;
+  const below = Math.min(LONGEST_PAUSE * budget, Math.max(100, ...timed.map(({latency_ms: spent}) => spent.endpoint ?? 0)));
+  const above = Math.min(3 * budget, Math.max(1.2 * budget, ...timed.map(({latency_ms: spent}) => spent.response)));
+  const y = (ms) => (HEIGHT * (above - Math.min(Math.max(ms, -below), above))) / (above + below);
+  const svg = shape("svg", {width, height: HEIGHT, role: "img", "aria-label": summary});
+  const step = width / Math.max(timed.length, FEWEST);
   timed.forEach((sentence, k) => {
     for (const [stage, from, to] of parts(sentence)) {
-      const at = {x: LEFT + k * step, y: y(to), width: Math.max(step * 0.8, 1), height: Math.max(y(from) - y(to), 0.6)};
+      const at = {x: k * step, y: y(to), width: Math.max(step * 0.8, 1), height: Math.max(y(from) - y(to), 0.8)};
       svg.append(shape("rect", {class: stage, ...at}));
     }
   });
   for (const [kind, ms, text] of [["line", budget, word("budget", {budget})], ["zero", 0, word("ended")]]) {
-    svg.append(shape("line", {class: kind, x1: 0, x2: WIDTH, y1: y(ms), y2: y(ms)}));
-    const label = shape("text", {x: WIDTH - RIGHT, y: y(ms) - 4, "text-anchor": "end"});
+    svg.append(shape("line", {class: kind, x1: 0, x2: width, y1: y(ms), y2: y(ms)}));
+    const label = shape("text", {x: width - 2, y: y(ms) - 5, "text-anchor": "end"});
     label.textContent = text;
     svg.append(label);
   }

@@ -194,5 +194,6 @@ byId("theme").addEventListener("click", otherTheme);
 byId("mute").addEventListener("click", () => state && ask("mute", {mute: !state.mute}));
 byId("preset").addEventListener("change", ({target}) => ask("preset", {preset: target.value}));
 new Talk(byId("talk"));
+new ResizeObserver(() => draw(budgetMs())).observe(byId("latency-title"));
 watchFiles();
 connect();
