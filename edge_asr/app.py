@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
-from edge_asr import __version__, metrics
+from edge_asr import __version__, logs, metrics
 from edge_asr.answers import Gates, Labels, TranscriptSink
 from edge_asr.attention import PHRASE, Attention
 from edge_asr.budget import LatencyBudget, LateWatch, RecentResponses
@@ -34,12 +34,13 @@ from edge_asr.publish.mqtt import MqttPublisher
 from edge_asr.publish.outbox import DiskOutbox, MemoryOutbox, Outbox, outbox_path
 from edge_asr.recognizer.bundle import Bundle, read_bundle
 from edge_asr.recognizer.scheduler import Scheduler
+from edge_asr.reload import Reloader, extending
 from edge_asr.service import Hearing, Pauses, SpeechService
 from edge_asr.sources import WatchedSource, is_live
 from edge_asr.speech.segmenter import ENDPOINTS, Rules, Segmenter
 from edge_asr.speech.vad import SileroDetector, SteadyDetector
 from edge_asr.speech.wake_phrase import WakePhrase
-from edge_asr.systemd import Notifier, Progress, extend_timeout, feed_watchdog
+from edge_asr.systemd import Notifier, Progress, feed_watchdog
 from edge_asr.transcribe import transcribe
 from edge_asr.types import CHUNK_S, CHUNK_SAMPLES, SAMPLE_RATE, Partial, Transcript
 
@@ -73,10 +74,14 @@ def choose_gates(config: GatesConfig, bundle: Bundle) -> Gates:
     return Gates(**{key: bundle.gates.get(key, 0.0) if configured[key] is None else configured[key] for key in keys})
 
 
-def choose_attention(config: ListenConfig) -> Attention:
-    """Return who is listened to."""
-    wake_phrase = WakePhrase(config.phrases) if config.mode == PHRASE else None
-    return Attention(config.mode, wake_phrase, config.seconds)
+def wake_phrase(config: ListenConfig) -> WakePhrase | None:
+    """Return how an address is told; None: everybody is meant."""
+    return WakePhrase(config.phrases) if config.mode == PHRASE else None
+
+
+def pauses(config: SegmentConfig) -> dict[str, Pauses]:
+    """Return what ends a segment of a stream, by the preset."""
+    return {name: Pauses(ENDPOINTS[name], content_endpoint(config, name)) for name in ENDPOINTS}
 
 
 def make_outbox(config: Config) -> Outbox:
@@ -100,7 +105,7 @@ def choose_pace(source: SourceConfig, config: Config) -> Pace:
 class _Answering:
     """The model that answers at present; see `service.Model`."""
 
-    def __init__(self, keeper: EngineKeeper, gates: GatesConfig) -> None:
+    def __init__(self, keeper: EngineKeeper, gates: Callable[[], GatesConfig]) -> None:
         self._keeper = keeper
         self._gates = gates
 
@@ -114,7 +119,7 @@ class _Answering:
 
     @property
     def gates(self) -> Gates:
-        return choose_gates(self._gates, self._keeper.bundle)
+        return choose_gates(self._gates(), self._keeper.bundle)
 
 
 class _Shown:
@@ -151,8 +156,8 @@ def transcribe_files(config: Config, paths: Sequence[str]) -> Iterator[tuple[str
 class Daemon:
     """The always-on service: `async with Daemon(config).running() as daemon: await daemon.finished()`."""
 
-    def __init__(self, config: Config) -> None:
-        """Read the bundle. Raises BundleError and ConfigError."""
+    def __init__(self, config: Config, reread: Callable[[], Config] | None = None) -> None:
+        """Read the bundle. `reread`: returns the configuration as it is now. Raises BundleError and ConfigError."""
         self._config = config
         self._notifier = Notifier()
         self._keeper = EngineKeeper(read_bundle(config.model), config.engine, config.state_dir, self._publish_state)
@@ -160,7 +165,8 @@ class Daemon:
         self._responses = RecentResponses()
         self._device = DeviceCare()
         self._late_watch = LateWatch(config.budget.late_share)
-        self._attention = choose_attention(config.listen)
+        self._attention = Attention(config.listen.mode, wake_phrase(config.listen), config.listen.seconds)
+        self._pauses = pauses(config.segment)
         self._controls = Controls(config.segment, self._attention, config.state_dir, self._publish_state)
         self._describing = threading.Lock()
         self._outbox = make_outbox(config)
@@ -178,9 +184,7 @@ class Daemon:
         self._tasks: list[asyncio.Task[None]] = []
         self._published = self._late = 0
         self._stop = asyncio.Event()
-        self._reload_wanted = asyncio.Event()
-        self._reload_failure = ""
-        self._ending = False
+        self._reloader = Reloader(config, reread, self._keeper, self._notifier, self._prepare, self._publish_state)
         self.abandoned_inference = False
         """After the stop: an inference took longer than `drain_s`, or the model is still being loaded."""
         self._drain_by: float | None = None
@@ -227,7 +231,7 @@ class Daemon:
         limits = config.http.limits
         hearing = Hearing(
             segment_rules(config.segment),
-            {name: Pauses(ENDPOINTS[name], content_endpoint(config.segment, name)) for name in ENDPOINTS},
+            self._pauses,
             lambda: self._controls.preset,
             config.segment.partial_interval_ms,
             SileroDetector,
@@ -235,7 +239,7 @@ class Daemon:
         )
         service = SpeechService(
             self._keeper.scheduler,
-            _Answering(self._keeper, config.gates),
+            _Answering(self._keeper, lambda: self._config.gates),
             hearing,
             self._budget,
             config.device_id,
@@ -263,14 +267,14 @@ class Daemon:
             progress = Progress(lambda: self._keeper.step)
             watchdog = asyncio.create_task(feed_watchdog(self._notifier, progress), name="watchdog")
             heartbeat = asyncio.create_task(self._report(), name="state")
-            reloading = asyncio.create_task(self._reload_when_asked(), name="reload")
+            reloading = asyncio.create_task(self._reloader.run(), name="reload")
             try:
                 yield self
             finally:
                 heartbeat.cancel()
                 watchdog.cancel()
         finally:
-            self._ending = True
+            self._reloader.end()
             self._notifier.stopping()
             await self._stop_listeners()
             if self._server is not None:
@@ -295,8 +299,8 @@ class Daemon:
         self._stop.set()
 
     def reload_soon(self) -> None:
-        """Ask for the model to be reloaded once it is ready for that; who asks meanwhile is content with the same."""
-        self._reload_wanted.set()
+        """Ask for configuration and model to be reloaded once that can be."""
+        self._reloader.soon()
 
     async def finished(self) -> None:
         """Return when asked to stop, or when all sources have ended and everything is published.
@@ -338,7 +342,7 @@ class Daemon:
         started = time.monotonic()
         loading = asyncio.create_task(self._keeper.start(), name="load")
         stopping = asyncio.create_task(self._stop.wait(), name="stop")
-        with self._extending_timeout():
+        with extending(self._notifier, lambda: self._keeper.building):
             await asyncio.wait([loading, stopping], return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
         if not loading.done():
@@ -348,15 +352,6 @@ class Daemon:
         model, engine = self._keeper.bundle.name, self._keeper.engine
         log.info("model %s on %s, loaded in %.1f s", model, engine, time.monotonic() - started)
         return True
-
-    @contextlib.contextmanager
-    def _extending_timeout(self) -> Iterator[None]:
-        """Have systemd wait for an engine that is being built, but not for ever for anything else."""
-        extending = asyncio.create_task(extend_timeout(self._notifier, lambda: self._keeper.building), name="extend")
-        try:
-            yield
-        finally:
-            extending.cancel()
 
     def _start_listeners(self) -> None:
         for config in self._config.sources:
@@ -494,39 +489,28 @@ class Daemon:
     def command(self, name: str, arguments: Mapping[str, Any]) -> Future[Mapping[str, Any]]:
         """Carry a command of any thread out on the loop's; the future raises EdgeAsrError."""
         assert self._loop is not None  # the publisher is started by `running`
-        obeying = self._reload() if name == "reload" else self._controls.obey(name, arguments)
+        changing = {"reload": self._reloader.reload, "rollback": self._reloader.rollback}
+        obeying = changing[name]() if name in changing else self._controls.obey(name, arguments)
         return asyncio.run_coroutine_threadsafe(obeying, self._loop)
 
-    async def _reload(self) -> Mapping[str, Any]:
-        """Change to the model as it lies in its folder now. Raises EdgeAsrError; then nothing has changed."""
-        await self._keeper.reload()
-        self._reload_failure = ""
-        bundle = self._keeper.bundle
-        for listener in self._listeners:
-            listener.follow(bundle.name, choose_gates(self._config.gates, bundle))
-        self._publish_state()
-        return {"model": bundle.name, "engine": self._keeper.engine}
+    def _prepare(self, config: Config) -> Callable[[], None]:
+        """Look whether a configuration can be used while we run; return what uses it. Raises ConfigError."""
+        serve = None if self._server is None else self._server.prepare(config.http, config.funasr)
 
-    async def _reload_when_asked(self) -> None:
-        """Reload the model for `reload_soon`, one time after another, and tell systemd and the state how it went."""
-        while True:
-            await self._reload_wanted.wait()
-            self._reload_wanted.clear()
-            if self._ending:
-                return
-            self._notifier.reloading()
-            try:
-                with self._extending_timeout():
-                    await self._reload()
-            except EdgeAsrError as error:  # the keeper has logged it
-                self._reload_failure = f"the last reload failed: {error}"
-                self._publish_state()
-            except Exception as error:  # a bug there must not end what serves well
-                log.exception("the model cannot be reloaded")
-                self._reload_failure = f"the last reload failed: {error!r}"
-                self._publish_state()
-            finally:
-                self._notifier.ready()
+        def use() -> None:
+            before, self._config = self._config, config
+            if config.log != before.log:
+                logs.set_up(config.log.level)
+            self._controls.reconfigure(config.segment)
+            self._pauses.update(pauses(config.segment))
+            self._attention.use(config.listen.mode, wake_phrase(config.listen))
+            bundle = self._keeper.bundle
+            for listener in self._listeners:
+                listener.follow(bundle.name, choose_gates(config.gates, bundle))
+            if serve is not None:
+                serve()
+
+        return use
 
     async def _report(self) -> None:
         """Publish the state now and then: its counters move without anybody saying so."""
@@ -588,13 +572,13 @@ class Daemon:
         server = "" if self._server is None else self._server.trouble
         others = (self._late_watch.why, self._device.strain, broker, self._outbox.stats().trouble, server)
         troubles = "; ".join(filter(None, (self._controls.trouble, *sources, *others)))
-        lesser = "; ".join(filter(None, (self._keeper.why, self._reload_failure)))
+        lesser = "; ".join(filter(None, (self._keeper.why, self._reloader.why)))
         return ("degraded", troubles) if troubles else ("ready", lesser)
 
 
-async def run_daemon(config: Config) -> None:
-    """Run until SIGTERM, SIGINT or the end of all sources. Raises EdgeAsrError."""
-    daemon = Daemon(config)
+async def run_daemon(config: Config, reread: Callable[[], Config] | None = None) -> None:
+    """Run until SIGTERM, SIGINT or the end of all sources. `reread`: see Daemon. Raises EdgeAsrError."""
+    daemon = Daemon(config, reread)
     loop = asyncio.get_running_loop()
     for number in STOP_SIGNALS:
         loop.add_signal_handler(number, _stop_on_signal, daemon, loop)
@@ -608,7 +592,7 @@ async def run_daemon(config: Config) -> None:
 
 @contextlib.contextmanager
 def _reloading_on_hangup(daemon: Daemon, loop: asyncio.AbstractEventLoop) -> Iterator[None]:
-    """Let SIGHUP reload the model, but not where it tells that the terminal is gone, or is ignored, as by nohup."""
+    """Let SIGHUP reload, but not where it tells that the terminal is gone, or is ignored, as by nohup."""
     if _has_terminal() or signal.getsignal(signal.SIGHUP) is not signal.SIG_DFL:
         yield
         return

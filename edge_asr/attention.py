@@ -50,6 +50,11 @@ class Attention:
         self._ears: list[Attention] = []
         self._ignored_at = -math.inf
 
+    def use(self, mode: str, wake_phrase: WakePhrase | None) -> None:
+        """Listen to others from now on."""
+        for one in (self, *self._ears):
+            one.mode, one._wake_phrase = mode, wake_phrase
+
     def ear(self) -> Attention:
         """Return the attention of one source: it does what this one is asked to, but its wake phrases are its own."""
         self._ears.append(Attention(self.mode, self._wake_phrase, self._seconds, self._clock))

@@ -154,7 +154,11 @@ def run(
     override: OverrideOption = None,
 ) -> None:
     """Listen, recognise and publish until told to stop, or until the last file has been played."""
-    settings = read_config(config, override, model, [_source_entry(name) for name in source or ()])
+
+    def reread() -> Config:
+        return read_config(config, override, model, [_source_entry(name) for name in source or ()])
+
+    settings = reread()
     import asyncio
 
     from edge_asr import logs, memory
@@ -162,7 +166,7 @@ def run(
 
     logs.set_up(settings.log.level)
     memory.keep_out_of_core_dumps()
-    asyncio.run(run_daemon(settings))
+    asyncio.run(run_daemon(settings, reread))
 
 
 def _source_entry(name: str) -> dict[str, str]:

@@ -160,6 +160,8 @@ class EngineConfig(Section):
     """Threads of one inference; 0 takes one for each physical core."""
     gpu: Integer = Field(default=0, ge=0, le=63)
     """Which GPU, by its number."""
+    watch: bool = True
+    """Change to what is put into the folder of the model, or of its engine, once it has been left alone for 5 s."""
     batch_wait_ms: Number = Field(default=0.0, ge=0, le=100)
     """How long a request of the network waits for company, on an engine that takes several at a time."""
     tensorrt: TensorRtConfig = TensorRtConfig()

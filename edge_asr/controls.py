@@ -107,6 +107,14 @@ class Controls:
                 return self.listen(arguments.get("seconds"))
         raise EdgeAsrError(f"unknown command {name}; known here: mute, preset, listen")
 
+    def reconfigure(self, config: SegmentConfig) -> None:
+        """Take another configuration; its preset holds only if it has changed there, for one may have been chosen."""
+        before, self._config = self._config, config
+        if config.preset != before.preset:
+            self.use(config.preset)
+        for listener, _ in self._heard:
+            listener.use(ENDPOINTS[self.preset], content_endpoint(config, self.preset))
+
     def mute(self, muted: bool, by: str = "") -> Mapping[str, Any]:
         """Close all microphones and hear nothing of the other sources, or the reverse. Who asked to be heard is not.
 

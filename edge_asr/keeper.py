@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from edge_asr.config import EngineConfig
 from edge_asr.errors import BundleError, EngineError
 from edge_asr.ladder import Ladder, load_ladder, plan_folder, rungs_of
 from edge_asr.loader import engine_folder, existing, processor_target
-from edge_asr.memory import ON_BOTH, available_bytes, lack, too_little
+from edge_asr.memory import ON_BOTH, available_bytes, give_back, lack, too_little
 from edge_asr.recognizer.bundle import CHECKPOINT, FP32, INT8, Bundle, read_bundle
 from edge_asr.recognizer.cuda import free_bytes
 from edge_asr.recognizer.manifest import FILE, TENSORRT, read_manifest
@@ -33,6 +34,8 @@ INT8_SHARE = 4
 """fp32 weights take so many times the memory of int8 ones."""
 
 Stamp = tuple[int, int, int] | None
+Entries = tuple[tuple[str, int, int, int], ...]
+Traces = tuple[Entries, Stamp]
 
 
 class EngineKeeper:
@@ -44,6 +47,7 @@ class EngineKeeper:
         """`changed` is called, on any thread, when `engine` or `why` has changed."""
         self.bundle = bundle
         """The model that answers, or will when it is loaded."""
+        self._place = bundle.folder.resolve()
         self._config, self._state_dir = config, state_dir
         self._changed = changed
         self._poll_s = poll_s
@@ -52,6 +56,8 @@ class EngineKeeper:
         self._plan_build = EngineBuild(lambda: self._say("its TensorRT engine is being built"), NICE)
         self._ladder: Ladder | None = None
         self._plan: Path | None = None
+        self._previous: Path | None = None
+        """Where the model lies that answered before, links resolved."""
         self._seen: Stamp = None
         self._doing = self._failure = ""
         self._watching: asyncio.Task[None] | None = None
@@ -82,45 +88,71 @@ class EngineKeeper:
     async def start(self) -> None:
         """Load the engine, building it first where that must be. Raises BundleError or EngineError."""
         await self.scheduler.start()
-        if self._plan is not None:
-            self._watching = asyncio.create_task(self._watch(), name="engine")
+        self._begin_to_watch()
 
-    async def reload(self) -> None:
-        """Read the folder of the bundle anew, load its engine beside the one that answers, and change to that.
+    async def reload(self, folder: Path | None = None, config: EngineConfig | None = None) -> None:
+        """Read the folder of a bundle anew, load its engine beside the one that answers, and change to that.
 
-        What must be built is built before. Raises BundleError or EngineError; then nothing has changed.
+        None: those that are in use. What must be built is built before. Raises BundleError or EngineError; then
+        nothing has changed.
         """
+        await self._change_to(folder or self.bundle.folder, config or self._config)
+
+    async def rollback(self) -> None:
+        """Change back to the model that answered before, where it lies in another folder. Raises as `reload`."""
+        if self._previous is None:
+            raise EngineError(
+                f"there is no other model to go back to beside {self.bundle.folder}: put each into a folder of its own,"
+                " and have `model` name it, or a link to it"
+            )
+        await self._change_to(self._previous, self._config)
+
+    def traces(self, folder: Path) -> Traces:
+        """Return what changes whenever somebody puts something else into the folder of a model, or of our engine.
+
+        For any thread; it looks into these folders. TensorRT's plan is another matter: `_watch`.
+        """
+        engine = self._config.dir or engine_folder(self.bundle, self._state_dir)
+        return _entries(folder), None if engine == self._plan else _stamp(engine)
+
+    async def _change_to(self, folder: Path, config: EngineConfig) -> None:
         if self._ladder is None:
             raise EngineError("the model is still being loaded; try again when the state is ready")
         try:
-            await self._reload()
+            await self._reload(folder, config)
         except (BundleError, EngineError) as error:
             log.error("%s of %s goes on: %s", self.engine, self.bundle.name, error)
             raise
         log.info("model %s on %s answers from now on", self.bundle.name, self.engine)
         self._tell()
 
-    async def _reload(self) -> None:
+    async def _reload(self, folder: Path, config: EngineConfig) -> None:
         if self._changing.locked():
             raise EngineError("another engine is being built or loaded already; try again when it is done")
         async with self._changing:
             try:
-                await self._change_model()
+                await self._change_model(folder, config)
             finally:
+                await asyncio.to_thread(give_back)  # what was left, or has failed
                 if self._plan is not None:
                     self._seen = _stamp(self._plan)  # whatever was built there has had its chance
 
-    async def _change_model(self) -> None:
-        bundle = await asyncio.to_thread(read_bundle, self.bundle.folder)
+    async def _change_model(self, folder: Path, config: EngineConfig) -> None:
+        bundle = await asyncio.to_thread(read_bundle, folder)
         loaded: list[Ladder] = []
-        before, self._failure = self._failure, ""
+        before = self._config, self._failure
+        self._config, self._failure = config, ""
         try:
             await self.scheduler.swap(lambda: self._load_anew(bundle, loaded))
         except BaseException:
-            self._failure = before
+            self._config, self._failure = before
             raise
-        self.bundle, self._ladder = bundle, loaded[0]
-        self._plan = plan_folder(bundle, self._config, self._state_dir)
+        if (left := self._place) != (place := bundle.folder.resolve()):
+            self._previous = left
+        self.bundle, self._ladder, self._place = bundle, loaded[0], place
+        self.scheduler.batch_wait_s = config.batch_wait_ms / 1e3
+        self._plan = plan_folder(bundle, config, self._state_dir)
+        self._begin_to_watch()
 
     async def broken(self) -> None:
         """Wait until nothing can be recognised any more, and the process must start anew: raise BrokenEngineError."""
@@ -200,16 +232,20 @@ class EngineKeeper:
         finally:
             self._doing = ""
 
+    def _begin_to_watch(self) -> None:
+        if self._plan is not None and self._watching is None:
+            self._watching = asyncio.create_task(self._watch(), name="engine")
+
     async def _watch(self) -> None:
-        """Have the plan built where there is none, and use whatever is put in its place."""
-        assert self._plan is not None
+        """Have TensorRT's plan built where one is wanted and there is none, and use whatever is put in its place."""
         async with self._changing:
-            if not self._failure and await asyncio.to_thread(self._is_lacking, self.bundle, self._plan):
-                await asyncio.to_thread(self._build_beside, self._plan)
+            plan = None if self._failure else self._plan
+            if plan is not None and await asyncio.to_thread(self._is_lacking, self.bundle, plan):
+                await asyncio.to_thread(self._build_beside, plan)
                 self._tell()
         while True:
             async with self._changing:
-                if (stamp := _stamp(self._plan)) not in (self._seen, None):
+                if self._plan is not None and (stamp := _stamp(self._plan)) not in (self._seen, None):
                     self._seen = stamp
                     await self._swap()
             await asyncio.sleep(self._poll_s)
@@ -233,6 +269,7 @@ class EngineKeeper:
         else:
             self._ladder, self._failure = loaded[0], ""
             log.info("%s answers from now on", self.engine)
+        await asyncio.to_thread(give_back)
         self._tell()
 
     def _load_beside(self, loaded: list[Ladder]) -> Ladder:
@@ -271,10 +308,22 @@ def _weights(bundle: Bundle) -> int:
     return bundle.files[kind].stat().st_size * (INT8_SHARE if kind == INT8 else 1)
 
 
-def _stamp(plan: Path) -> Stamp:
+def _stamp(folder: Path) -> Stamp:
     """Return what changes whenever a manifest is written anew; None where there is none."""
     try:
-        status = (plan / FILE).stat()
+        status = (folder / FILE).stat()
     except OSError:
         return None
     return status.st_mtime_ns, status.st_ino, status.st_size
+
+
+def _entries(folder: Path) -> Entries:
+    """Return what changes whenever a file right in a folder does, or a link to it points elsewhere; empty: it is gone.
+
+    The times of access do not count.
+    """
+    try:
+        found = [(entry.name, entry.stat()) for entry in os.scandir(folder)]
+    except OSError:
+        return ()
+    return tuple(sorted((name, at.st_mtime_ns, at.st_ino, at.st_size) for name, at in found))

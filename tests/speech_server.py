@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -58,10 +58,13 @@ class Serving:
 
 
 @contextmanager
-def serving(*, taken: frozenset[str] = frozenset(), **sections: Any) -> Iterator[Serving]:
+def serving(
+    *, taken: frozenset[str] = frozenset(), reread: Callable[[], Config] | None = None, **sections: Any
+) -> Iterator[Serving]:
     """Serve with the bundled model on free ports until the block ends: `serving(http={"limits": {"body_mb": 1}})`.
 
-    Without a broker and sources, unless the sections say otherwise. `taken`: sections whose ports cannot be opened yet.
+    Without a broker and sources, unless the sections say otherwise. `taken`: sections whose ports cannot be opened yet;
+    `reread`: see Daemon.
     """
     defaults: dict[str, Any] = {
         "device_id": "hall",
@@ -79,7 +82,7 @@ def serving(*, taken: frozenset[str] = frozenset(), **sections: Any) -> Iterator
     ready = threading.Event()
 
     async def run() -> None:
-        async with (daemon := Daemon(config)).running():
+        async with (daemon := Daemon(config, reread)).running():
             wanted = {name for name in PORTS if sections[name]["enabled"]} - taken
             while not daemon.ports.keys() >= wanted:
                 await asyncio.sleep(0.005)

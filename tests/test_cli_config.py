@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -179,7 +180,7 @@ def test_bytes_that_are_no_text_are_explained() -> None:
 def test_a_source_may_have_any_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[Config] = []
 
-    async def run_daemon(config: Config) -> None:
+    async def run_daemon(config: Config, reread: Callable[[], Config]) -> None:
         taken.append(config)
 
     monkeypatch.setattr("edge_asr.app.run_daemon", run_daemon)
@@ -193,7 +194,7 @@ def test_a_source_may_have_any_name(name: str, monkeypatch: pytest.MonkeyPatch) 
 def test_a_source_may_be_a_microphone(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[Config] = []
 
-    async def run_daemon(config: Config) -> None:
+    async def run_daemon(config: Config, reread: Callable[[], Config]) -> None:
         taken.append(config)
 
     monkeypatch.setattr("edge_asr.app.run_daemon", run_daemon)

@@ -54,7 +54,7 @@ class Scheduler:
         `batch_wait_s`: how long a request of NETWORK waits for company, on a recogniser that takes several at a time.
         """
         self._load = load
-        self._batch_wait_s = batch_wait_s
+        self.batch_wait_s = batch_wait_s
         self._loaded: Future[None] = Future()
         self._loaded.set_running_or_notify_cancel()  # whoever waits for it cannot cancel it
         self.costs = CostModel()
@@ -247,14 +247,14 @@ class Scheduler:
     def _company_s(self, recognizer: Recognizer) -> float:
         """Return how long the next request waits for others to share its run, which a microphone's never does."""
         first = self._waiting.first
-        if not self._batch_wait_s or first is None or first.priority != Priority.NETWORK or first.alone:
+        if not self.batch_wait_s or first is None or first.priority != Priority.NETWORK or first.alone:
             return 0.0
         if not (isinstance(recognizer, Batching) and recognizer.batches):
             return 0.0
         if len(self._waiting) >= min(recognizer.largest_batch, MOST[Priority.NETWORK]):
             return 0.0
         latest = first.deadline - self.costs.estimate_ms(first.seconds) * SAFETY / 1e3
-        return min(first.submitted_at + self._batch_wait_s, latest) - time.monotonic()
+        return min(first.submitted_at + self.batch_wait_s, latest) - time.monotonic()
 
     def _begin_step(self, step: Step) -> None:
         self._steps, self._step = step.number, step

@@ -50,19 +50,31 @@ def read_tokens(path: Path) -> list[str]:
     return found
 
 
+def hashes_of(config: HttpConfig) -> tuple[str, ...]:
+    """Return the hashes of all tokens. Raises ConfigError where their file is wrong, or empty though it is needed."""
+    in_file = [] if config.token_file is None else read_tokens(config.token_file)
+    hashes = tuple(dict.fromkeys((*config.tokens, *in_file)))
+    if not hashes and (config.token_file is not None or not is_loopback(config.host)):
+        raise ConfigError(f"http.token_file: no token in {config.token_file}; make one with edge-asr token")
+    return hashes
+
+
 class Access:
     """Decides who may ask the HTTP server; for the thread of its event loop."""
 
     def __init__(self, config: HttpConfig, clock: Callable[[], float] = time.monotonic) -> None:
         """Raises ConfigError where the file of tokens is wrong, or empty though it is needed."""
-        in_file = [] if config.token_file is None else read_tokens(config.token_file)
-        self._hashes = tuple(dict.fromkeys((*config.tokens, *in_file)))
-        if not self._hashes and (config.token_file is not None or not is_loopback(config.host)):
-            raise ConfigError(f"http.token_file: no token in {config.token_file}; make one with edge-asr token")
+        self._hashes = hashes_of(config)
         self._host = config.host.lower()
         self._origins = frozenset(config.origins)
         self._clock = clock
         self._sessions: OrderedDict[str, float] = OrderedDict()
+
+    def use(self, hashes: tuple[str, ...], origins: Iterable[str]) -> None:
+        """Let others in from now on: those with these tokens, and these pages. Other tokens end all sessions."""
+        if hashes != self._hashes:
+            self._sessions.clear()
+        self._hashes, self._origins = hashes, frozenset(origins)
 
     @property
     def required(self) -> bool:

@@ -16,7 +16,7 @@ import uvicorn
 
 from edge_asr.audio.decoders import Decoders
 from edge_asr.config_server import FunasrConfig, HttpConfig, LimitsConfig, WyomingConfig
-from edge_asr.serve.access import Access
+from edge_asr.serve.access import Access, hashes_of
 from edge_asr.serve.admission import Admission
 from edge_asr.serve.api import make_app
 from edge_asr.serve.captions import Captions
@@ -24,7 +24,7 @@ from edge_asr.serve.connections import HEADER_BYTES, http_protocol, websocket_pr
 from edge_asr.serve.context import Appliance, Context
 from edge_asr.serve.funasr import make_funasr_app
 from edge_asr.serve.room import Room
-from edge_asr.serve.tls import server_context
+from edge_asr.serve.tls import load_certificate, server_context
 from edge_asr.serve.wyoming import serve_wyoming
 from edge_asr.service import SpeechService
 
@@ -92,6 +92,25 @@ class SpeechServer:
     def trouble(self) -> str:
         """Which port is not open, and why; empty where all are. For any thread."""
         return "; ".join(self._troubles.copy().values())
+
+    def prepare(self, http: HttpConfig, funasr: FunasrConfig) -> Callable[[], None]:
+        """Try other tokens, origins and certificates; return what uses them from then on. Raises ConfigError."""
+        hashes = hashes_of(http)
+        sections = (("http", http.tls), ("funasr", funasr.tls))
+        renewed = {name: tls for name, tls in sections if self._tls[name] is not None}
+        for name, tls in renewed.items():
+            server_context(name, tls)
+
+        def use() -> None:
+            for name, tls in renewed.items():
+                context = self._tls[name]
+                assert context is not None
+                load_certificate(context, name, tls)
+            if self._loop is not None:
+                with contextlib.suppress(RuntimeError):  # it has ended
+                    self._loop.call_soon_threadsafe(self._access.use, hashes, http.origins)
+
+        return use
 
     def start(self) -> None:
         """Open the ports, soon."""

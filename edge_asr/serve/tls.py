@@ -14,6 +14,13 @@ def server_context(section: str, tls: ServerTlsConfig) -> ssl.SSLContext | None:
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    load_certificate(context, section, tls)
+    return context
+
+
+def load_certificate(context: ssl.SSLContext, section: str, tls: ServerTlsConfig) -> None:
+    """Have what encrypts use a certificate, which there must be, from the next connection on. Raises ConfigError."""
+    assert tls.cert_file is not None
     key = tls.key_file or tls.cert_file
     asked = False
 
@@ -34,4 +41,3 @@ def server_context(section: str, tls: ServerTlsConfig) -> ssl.SSLContext | None:
         raise ConfigError(f"{section}.tls: {why}") from error
     except OSError as error:
         raise ConfigError(f"{section}.tls: {tls.cert_file} or {key} cannot be read: {error.strerror}") from error
-    return context
