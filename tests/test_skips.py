@@ -20,6 +20,7 @@ PROGRAMS = (
     "paplay",
     "prometheus",
     "promtool",
+    "chromium",
 )
 ELSEWHERE = ("/usr/sbin", "/usr/local/sbin")
 

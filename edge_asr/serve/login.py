@@ -17,6 +17,8 @@ from edge_asr.serve.upload import read_fields
 ATTEMPTS_PER_MINUTE = 60
 """From one address; ten at once."""
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
+WITH_ORIGIN = {"referrer-policy": "same-origin"}
+"""Browsers send the origin of a form, which is looked at, only where its page may send a referrer to us."""
 PAGE = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
@@ -27,6 +29,7 @@ PAGE = """<!doctype html>
 form { max-width: 24rem; margin: 20vh auto 0; padding: 0 1rem }
 input, button { font: inherit; width: 100%; box-sizing: border-box; padding: .5rem; margin-top: .5rem }
 </style>
+<main>
 <form method="post" action="login">
 <h1>edge_asr</h1>
 <p role="alert">{message}</p>
@@ -34,6 +37,7 @@ input, button { font: inherit; width: 100%; box-sizing: border-box; padding: .5r
 <input id="token" name="token" type="password" autocomplete="current-password" required autofocus>
 <button>Log in 登录</button>
 </form>
+</main>
 </html>
 """
 
@@ -74,4 +78,5 @@ def routes(context: Context) -> APIRouter:
 
 
 def _page(message: str, status: int) -> Response:
-    return HTMLResponse(PAGE.replace("{message}", html.escape(message)), status, {"content-security-policy": POLICY})
+    headers = {"content-security-policy": POLICY, **WITH_ORIGIN}
+    return HTMLResponse(PAGE.replace("{message}", html.escape(message)), status, headers)

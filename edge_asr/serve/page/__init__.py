@@ -11,6 +11,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from edge_asr.serve.context import Context
 from edge_asr.serve.errors import RefusedError
+from edge_asr.serve.login import WITH_ORIGIN
 from edge_asr.serve.replies import Outgoing
 from edge_asr.serve.websocket import POLICY, TRY_AGAIN, ClientError, refuse, together
 
