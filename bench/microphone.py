@@ -31,7 +31,7 @@ from pulse import MICROPHONE, PulseServer, missing_parts
 
 from edge_asr.app import Daemon, segment_rules
 from edge_asr.audio.source import Chunker
-from edge_asr.config import Config, GatesConfig, MicrophoneSourceConfig, SegmentConfig
+from edge_asr.config import Config, GatesConfig, LogConfig, MicrophoneSourceConfig, SegmentConfig
 from edge_asr.config_mqtt import MqttConfig
 from edge_asr.ladder import load_ladder
 from edge_asr.logs import set_up
@@ -283,7 +283,7 @@ def main() -> None:
     options = _arguments()
     if missing := missing_parts():
         sys.exit(f"microphone: not installed: {', '.join(missing)}")
-    set_up("WARNING")
+    set_up(LogConfig(level="WARNING"))
     server = PulseServer()
     os.environ.update(server.environment)
     with tempfile.TemporaryDirectory(prefix="edge_asr-bench-") as folder:

@@ -500,7 +500,7 @@ class Daemon:
         def use() -> None:
             before, self._config = self._config, config
             if config.log != before.log:
-                logs.set_up(config.log.level)
+                logs.set_up(config.log)
             self._controls.reconfigure(config.segment)
             self._pauses.update(pauses(config.segment))
             self._attention.use(config.listen.mode, wake_phrase(config.listen))

@@ -127,7 +127,7 @@ def transcribe(
     from edge_asr import logs
     from edge_asr.app import transcribe_files
 
-    logs.set_up(settings.log.level)
+    logs.set_up(settings.log)
     failed: EdgeAsrError | None = None
     for _, found in transcribe_files(settings, files):
         if isinstance(found, EdgeAsrError):
@@ -164,7 +164,7 @@ def run(
     from edge_asr import logs, memory
     from edge_asr.app import run_daemon
 
-    logs.set_up(settings.log.level)
+    logs.set_up(settings.log)
     memory.keep_out_of_core_dumps()
     asyncio.run(run_daemon(settings, reread))
 
@@ -252,7 +252,7 @@ def subscribe(
     settings = read_config(config, override, ANY_MODEL)
     from edge_asr import cli_subscribe, logs
 
-    logs.set_up(settings.log.level)
+    logs.set_up(settings.log)
     cli_subscribe.subscribe(
         settings.mqtt, device, topic or (), json_lines=json_lines, complete=complete, state=state, since_seq=since_seq
     )
@@ -300,7 +300,7 @@ def bench_decode(
     settings = read_config(config, override, model, options=own)
     from edge_asr import cli_bench, logs
 
-    logs.set_up(settings.log.level)
+    logs.set_up(settings.log)
     cli_bench.bench_decode(settings, _durations(seconds), batch, json_lines)
 
 
@@ -329,7 +329,7 @@ def bench_latency(
     settings = read_config(config, override, model, options=own)
     from edge_asr import cli_bench_latency, logs
 
-    logs.set_up(settings.log.level)
+    logs.set_up(settings.log)
     if (lost := cli_bench_latency.bench_latency(settings, files, streams, clients, as_json)) is not None:
         _complain(lost)
         raise typer.Exit(1)
@@ -351,7 +351,7 @@ def bench_idle(
     settings = read_config(config, override, model, options={"--engine": ("engine.dir", engine)})
     from edge_asr import cli_bench_idle, logs
 
-    logs.set_up(settings.log.level)
+    logs.set_up(settings.log)
     if (heard := cli_bench_idle.bench_idle(settings, minutes, as_json)) is not None:
         _complain(heard)
         raise typer.Exit(1)
@@ -474,8 +474,13 @@ def mqtt_forget(
 
 
 def _complain(error: EdgeAsrError) -> None:
-    for line in str(error).splitlines() if sys.stderr is not None else ():
-        print(f"{PROGRAM}: {line}", file=sys.stderr)
+    if sys.stderr is None:  # closed by whoever started the program
+        return
+    from edge_asr.logs import ERROR_MARK, in_journal
+
+    mark = ERROR_MARK if in_journal() else ""
+    for line in str(error).splitlines():
+        print(f"{mark}{PROGRAM}: {line}", file=sys.stderr)
 
 
 def _flush() -> None:

@@ -288,6 +288,8 @@ class LogConfig(Section):
     """What is logged."""
 
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    format: Literal["auto", "text", "json"] = "auto"
+    """`auto` is `text`, but where the journal listens: lines with its priorities and without the time."""
 
 
 _NULL: Any = None

@@ -47,7 +47,7 @@ def run_demo(config: Config, keep: bool) -> int:
     """
     if "model" not in config.model_fields_set:
         config = config.model_copy(update={"model": BUNDLED_MODEL})
-    logs.set_up("WARNING")
+    logs.set_up(config.log.model_copy(update={"level": "WARNING"}))
     return asyncio.run(_until_stopped(config, keep))
 
 

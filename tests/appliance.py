@@ -129,9 +129,10 @@ class Appliance:
     def restarts(self) -> int:
         return int(self.show("NRestarts"))
 
-    def journal(self, since: str = "-1d") -> str:
-        """Return what the service has logged."""
-        return self.run("journalctl", "--unit", UNIT, "--output", "cat", "--since", since, "--no-pager").stdout
+    def journal(self, since: str = "-1d", priority: str = "debug") -> str:
+        """Return what the service has logged, of a priority and above."""
+        command = ["journalctl", "--unit", UNIT, "--output", "cat", "--no-pager"]
+        return self.run(*command, "--since", since, "--priority", priority).stdout
 
     def now(self) -> str:
         """Return the time in journalctl's words."""

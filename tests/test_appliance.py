@@ -133,7 +133,7 @@ def test_a_wrong_configuration_fails_once_and_says_why(machine: Appliance) -> No
     assert machine.run("systemctl", "restart", UNIT, check=False).returncode != 0
     machine.until(lambda: machine.show("ActiveState") == "failed", "the failure")
     assert (machine.show("ExecMainStatus"), machine.restarts) == ("2", 0)
-    assert "segmant" in machine.journal(since)
+    assert "segmant" in machine.journal(since, "err")
     assert machine.run("systemctl", "list-jobs").stdout.startswith("No jobs")
     machine.configure(lambda text: text.replace("segmant: {}\n", ""))
     machine.run("systemctl", "restart", UNIT)

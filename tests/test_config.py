@@ -188,7 +188,7 @@ def test_all_problems_are_reported_at_once_each_with_its_origin(write: WriteConf
 
 
 def test_a_key_like_no_other_is_answered_with_the_known_ones() -> None:
-    assert problems(None, ("log.x=1",)) == ["-o log.x: unknown key; known here: level"]
+    assert problems(None, ("log.x=1",)) == ["-o log.x: unknown key; known here: level, format"]
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,7 @@ ALSO_ALLOWED = {
     ("config", "config_mqtt"),
     ("config", "config_server"),
     ("config_server", "config_fields"),
+    ("logs", "config"),
     ("config_changes", "config"),
     ("config_changes", "config_fields"),
     ("config_reader", "config"),

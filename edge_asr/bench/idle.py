@@ -162,7 +162,7 @@ def _listening(config: Config) -> Iterator[_Child]:
 def _listen(config: Config, heard: Connection, tells: Connection) -> None:
     """Be the daemon; `heard` is standard input."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for whoever has started us, and then nothing more comes
-    logs.set_up(config.log.level)
+    logs.set_up(config.log)
     sys.stdin = os.fdopen(heard.fileno(), "r", closefd=False)
     try:
         tells.send(asyncio.run(_daemon(config, tells)))
