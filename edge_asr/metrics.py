@@ -74,7 +74,7 @@ DECODED_AGAIN = Counter("edge_asr_decoded_again", "Segments that an engine faile
 ENGINES = ("tensorrt-fp16", "onnx-cuda", "onnx-fp32", "onnx-int8")
 
 _SOURCE = ["source"]
-MICROPHONE_UP = Gauge("edge_asr_microphone_up", "1 while sound comes from a microphone, else 0.", _SOURCE)
+MICROPHONE_UP = Gauge("edge_asr_microphone_up", "1 while sound comes, NaN while it is muted, else 0.", _SOURCE)
 MICROPHONE_GAPS = Counter("edge_asr_microphone_gaps", "Gaps in the sound of a microphone that have ended.", _SOURCE)
 MICROPHONE_LOST = Counter("edge_asr_microphone_lost_seconds", "Sound that is missing in those gaps.", _SOURCE)
 MICROPHONE_OVERRUNS = Counter("edge_asr_microphone_overruns", "Times that a device was not read in time.", _SOURCE)

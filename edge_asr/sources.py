@@ -90,7 +90,8 @@ class WatchedSource:
         metrics.MICROPHONE_LOST.labels(self.name).inc(now.lost_s - before.lost_s)
         metrics.MICROPHONE_OVERRUNS.labels(self.name).inc(now.overruns - before.overruns)
         metrics.MICROPHONE_DROPPED.labels(self.name).inc(now.dropped_chunks - before.dropped_chunks)
-        metrics.MICROPHONE_UP.labels(self.name).set(self._condition()[0] == LISTENING)
+        health, _ = self._condition()
+        metrics.MICROPHONE_UP.labels(self.name).set(math.nan if health == MUTED else health == LISTENING)
         metrics.MICROPHONE_DRIFT.labels(self.name).set(math.nan if now.drift_ppm is None else now.drift_ppm)
         metrics.MICROPHONE_CLIPPED.labels(self.name).set(now.clipped_share)
 
