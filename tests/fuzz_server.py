@@ -125,6 +125,11 @@ REQUESTS = (
     get("/readyz?a=b"),
     get("/openapi.json"),
     get("/metrics"),
+    get("/"),
+    get("/page/page.js"),
+    get("/admin/state"),
+    post("/admin/listen", "application/json", b'{"seconds": 8}'),
+    post("/admin/preset", "application/json", b'{"preset": "default"}'),
     ((lambda data: request("OPTIONS", "/recognize", b"", "Origin: " + data.decode("latin-1")), b"http://evil.example"),),
     ((lambda data: data, handshake("/stream_recognize")),),
 )  # fmt: skip

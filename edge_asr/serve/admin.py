@@ -15,6 +15,7 @@ from edge_asr.errors import EdgeAsrError
 from edge_asr.serve.context import Context
 from edge_asr.serve.errors import RefusedError
 from edge_asr.serve.schemas import ERRORS, REFUSALS, Failure
+from edge_asr.serve.upload import read_small
 
 LARGEST = 4_096
 """Bytes of a command."""
@@ -110,11 +111,7 @@ def _body(kind: type[_Command]) -> dict[str, Any]:
 
 async def _arguments(request: Request, kind: type[Arguments]) -> Arguments:
     """Return what a command is to do; no body is an empty one. Raises RefusedError."""
-    body = b""
-    async for piece in request.stream():
-        body += piece
-        if len(body) > LARGEST:
-            raise RefusedError(413, f"more than {LARGEST} bytes; a command is a small JSON object", code="too_large")
+    body = await read_small(request, LARGEST)
     try:
         return kind.model_validate_json(body.strip() or b"{}")
     except ValidationError as error:

@@ -46,22 +46,35 @@ async def read_upload(request: Request, *, raw: bool = False) -> Upload:
         if kind == FORM:
             return await _read_form(request)
     except ClientDisconnect:
-        raise RefusedError(400, "the connection ended in the middle of the body") from None
+        raise _ended() from None
     also = " or the audio itself as audio/wav or another audio type" if raw else ""
     raise RefusedError(415, f"send a form (multipart/form-data) with a file in it{also}", code="unsupported_media_type")
 
 
 async def read_fields(request: Request) -> dict[str, str]:
     """Return the fields of a small form that a page sends. Raises RefusedError."""
-    body = b""
-    async for part in request.stream():
-        body += part
-        if len(body) > FIELD_BYTES:
-            raise RefusedError(413, f"more than {FIELD_BYTES} bytes; send the form of the page")
+    body = await read_small(request, FIELD_BYTES)
     try:
         return dict(parse_qsl(body.decode("ascii"), max_num_fields=MOST_FIELDS))
     except ValueError:
         raise RefusedError(400, "the form cannot be read; send the form of the page") from None
+
+
+async def read_small(request: Request, most: int) -> bytes:
+    """Return a body of no more than so many bytes. Raises RefusedError."""
+    body = b""
+    try:
+        async for part in request.stream():
+            body += part
+            if len(body) > most:
+                raise RefusedError(413, f"more than {most} bytes; nothing here needs as many", code="too_large")
+    except ClientDisconnect:
+        raise _ended() from None
+    return body
+
+
+def _ended() -> RefusedError:
+    return RefusedError(400, "the connection ended in the middle of the body")
 
 
 async def _read_form(request: Request) -> Upload:

@@ -37,7 +37,9 @@ def routes(context: Context) -> APIRouter:
     @router.get("/")
     async def page() -> Response:
         return Response(
-            files["index.html"], headers={"content-security-policy": CONTENT_POLICY}, media_type=KINDS[".html"]
+            files["index.html"],
+            headers={"content-security-policy": CONTENT_POLICY, **WITH_ORIGIN},
+            media_type=KINDS[".html"],
         )
 
     @router.get("/page/{name}")
