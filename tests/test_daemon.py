@@ -48,7 +48,7 @@ WIRE_KEYS = {
     *("enforced", "model", "engine", "replayed", "age_s"),
 }
 STATE_KEYS = {
-    *("state", "why", "engine", "model", "sources", "mute", "preset", "listen", "budget"),
+    *("device_id", "state", "why", "engine", "model", "sources", "mute", "preset", "listen", "budget"),
     *("outbox", "device", "broker", "version"),
 }
 
