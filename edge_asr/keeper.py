@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from edge_asr import metrics
+from edge_asr.canary import try_canary
 from edge_asr.child import EngineBuild
 from edge_asr.config import EngineConfig
 from edge_asr.errors import BundleError, EngineError
@@ -194,8 +195,14 @@ class EngineKeeper:
         if plan is not None and read_manifest(plan) is not None:
             self._check_room(plan)
         rungs = rungs_of(bundle, self._config, self._state_dir, self._build)
-        loaded.append(Ladder(rungs, self._config.strict, only_first=best, changed=self._tell))
-        return loaded[0]
+        ladder = Ladder(rungs, self._config.strict, only_first=best, changed=self._tell)
+        try:
+            try_canary(bundle, ladder)
+        except BaseException:  # whatever it was: nobody else knows of this ladder
+            ladder.close()
+            raise
+        loaded.append(ladder)
+        return ladder
 
     def _check_memory(self, bundle: Bundle) -> None:
         """Raise EngineError where there is not enough memory to load a bundle, or to build its engine, beside ours."""

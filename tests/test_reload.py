@@ -12,17 +12,19 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from bundled import BUNDLE, engine_of, sound_of, transcripts
+from bundled import BUNDLE, engine_of, recording, sound_of, transcripts
 from mosquitto import PATIENCE_S
 from plans import RELEASE, plan, put_plan, put_processors
 from tensorrt_fakes import fake_tensorrt
 
-from edge_asr import keeper
+from edge_asr import canary, keeper
 from edge_asr.child import EngineBuild
 from edge_asr.config import EngineConfig
 from edge_asr.errors import BundleError, EngineError
 from edge_asr.keeper import EngineKeeper
+from edge_asr.ladder import Ladder
 from edge_asr.recognizer.bundle import CARD, FP32, read_bundle
 from edge_asr.recognizer.manifest import TENSORRT
 from edge_asr.types import Recognition
@@ -128,6 +130,37 @@ async def test_a_broken_model_changes_nothing_and_the_next_one_is_taken(
         put_model(model, 灯="登")
         await kept.reload()
         assert (await heard(kept)).text == OTHER
+
+
+async def test_a_model_of_the_catalogue_is_tried_on_its_own_recording_where_nothing_was_said(tmp_path: Path) -> None:
+    model = put_model(tmp_path / BUNDLE.name)
+    (model / "samples").mkdir()
+    shutil.copy(recording(NAME), model / "samples")
+    async with keeping(model, tmp_path / "state") as kept:
+        rave(model)
+        with pytest.raises(EngineError, match=r"hears '.*' in its own recording 01\.wav, not '打开客厅灯'"):
+            await kept.reload()
+        (model / "samples" / NAME).write_text("no sound")
+        with pytest.raises(EngineError, match=r"not audio of any known format.*copy the bundle again"):
+            await kept.reload()
+        assert (await heard(kept)).text == TEXT
+        put_model(model, 灯="登")
+        shutil.copy(recording(NAME), model / "samples")
+        await kept.reload()
+        assert (await heard(kept)).text == OTHER, "one of five tokens may be another"
+
+
+async def test_a_model_that_cannot_hear_anything_does_not_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with keeping(put_model(tmp_path / "model"), tmp_path / "state") as kept:
+        monkeypatch.setattr(canary, "noise", lambda: np.full(16_000, np.nan, np.float32))
+        closed: list[Ladder] = []
+        monkeypatch.setattr(Ladder, "close", lambda ladder: closed.append(ladder))
+        with pytest.raises(EngineError):
+            await kept.reload()
+        assert len(closed) == 1
+        assert (await heard(kept)).text == TEXT
 
 
 @pytest.mark.parametrize(("built", "needed_mb"), [(True, 29), (False, 58)])
