@@ -40,6 +40,7 @@ from edge_asr.recording import Recording
 from edge_asr.speech.segmenter import Ended, Event, Rules, Segmenter, Split
 from edge_asr.speech.vad import SileroDetector
 from edge_asr.speech.wake_phrase import WakePhrase
+from edge_asr.steadiness import disturbed, is_short, steadiness
 from edge_asr.types import SAMPLE_RATE, Recognition, Samples, Segment, new_segment_id
 
 WAKE_PHRASES = ("小度小度", "小爱同学")
@@ -50,12 +51,6 @@ SHARES = {MUSIC: 1.0, BABBLE: 0.5, FOREIGN: 0.5, MANDARIN: 1.0}
 CONFIDENCES = (0.0, 0.5, 0.6, 0.65, 0.7, 0.75, 0.78, 0.8, 0.82, 0.84, 0.855, 0.86, 0.88)
 """Values of `min_confidence` in the table of what they drop."""
 
-SHORT = 4
-"""Tokens up to which a text is decoded again, to see whether it is steady."""
-SHIFT = 480
-"""Samples: half of a row of features."""
-NOISE_DB = 20
-"""White noise, below the sound."""
 STEADINESS = 0.75
 """Short texts that are less steady are dropped in the second half of the table."""
 
@@ -76,8 +71,6 @@ class Heard:
     """Which of its kind's sounds it ended in."""
     expected: str | None
     """What was said, where that is known."""
-    steadiness: float | None
-    """Confidence of the least sure of three decodes, see `steadiness_of`; None where there are too many tokens."""
 
     def to_json(self, gates: Gates) -> dict[str, Any]:
         """Return what there is to know, numbers rounded."""
@@ -90,7 +83,7 @@ class Heard:
             "tokens_per_s": round(self.tokens_per_s, 2),
             "confidence": recognition.confidence and round(recognition.confidence, 4),
             "tokens": [[token.text, round(token.confidence, 4)] for token in recognition.tokens],
-            "steadiness": self.steadiness and round(self.steadiness, 4),
+            "steadiness": recognition.steadiness and round(recognition.steadiness, 4),
             "text": recognition.text,
             "expected": self.expected,
             "gate": gates.refuse(self.segment, recognition),
@@ -111,23 +104,11 @@ def listen(kind: str, sounds: Iterable[Sound], recognizer: Recognizer, rules: Ru
         for segment in ear.segments(sound.samples, alone=sound.expected is not None):
             recognition = recognizer.recognize(segment.samples)
             silence = np.broadcast_to(np.float32(0), len(segment.samples))
-            steadiness = steadiness_of(recognizer, segment.samples, recognition)
+            if is_short(recognition):
+                again = [recognizer.recognize(other) for other in disturbed(segment.samples)]
+                recognition = dataclasses.replace(recognition, steadiness=steadiness(recognition, again))
             silent = dataclasses.replace(segment, samples=silence)
-            yield Heard(kind, silent, recognition, number, sound.expected, steadiness)
-
-
-def steadiness_of(recognizer: Recognizer, samples: Samples, recognition: Recognition) -> float | None:
-    """Return the lowest confidence of a short text when its sound is shifted by half a frame, and in faint noise.
-
-    What a model knows stays what it is, what it takes for something else does not. 0: the text has changed.
-    """
-    if len(recognition.tokens) > SHORT or recognition.confidence is None:
-        return None
-    noise = np.random.default_rng(0).standard_normal(len(samples)) * np.std(samples) * 10 ** (-NOISE_DB / 20)
-    others = (np.pad(samples, (SHIFT, 0)), (samples + noise).astype(np.float32))
-    again = [recognizer.recognize(other) for other in others]
-    sure = (one.confidence or 0.0 if one.text == recognition.text else 0.0 for one in again)
-    return min(recognition.confidence, *sure)
+            yield Heard(kind, silent, recognition, number, sound.expected)
 
 
 class _Ear:
@@ -206,24 +187,21 @@ def costs(heard: Sequence[Heard], minutes: dict[str, int], gates: Gates) -> Iter
     alone = Counter(one.sound for one in commands)
     right = [one for one in commands if one.recognition.text == one.expected and alone[one.sound] == 1]
     wrong = [one for one in commands if one.recognition.text != one.expected]
-    for steadiness in (0.0, STEADINESS):
+    for least in (0.0, STEADINESS):
         for value in CONFIDENCES:
-            changed = dataclasses.replace(gates, min_confidence=value)
-            row: dict[str, Any] = {"steadiness": steadiness, "min_confidence": value}
+            changed = dataclasses.replace(gates, min_confidence=value, min_steadiness=least)
+            row: dict[str, Any] = {"steadiness": least, "min_confidence": value}
             for kind, length in minutes.items():
                 mine = [one for one in heard if one.kind == kind]
-                row[kind] = round(_passed(mine, changed, steadiness) * 60 / length, 2)
+                row[kind] = round(_passed(mine, changed) * 60 / length, 2)
             for name, some in (("right", right), ("wrong", wrong)):
-                row[f"{name}_dropped"] = len(some) - _passed(some, changed, steadiness)
+                row[f"{name}_dropped"] = len(some) - _passed(some, changed)
                 row[name] = len(some)
             yield row
 
 
-def _passed(heard: Sequence[Heard], gates: Gates, steadiness: float) -> int:
-    return sum(
-        gates.refuse(one.segment, one.recognition) is None and (one.steadiness is None or one.steadiness >= steadiness)
-        for one in heard
-    )
+def _passed(heard: Sequence[Heard], gates: Gates) -> int:
+    return sum(gates.refuse(one.segment, one.recognition) is None for one in heard)
 
 
 def run(options: argparse.Namespace, bundle: Bundle, tick: Tick) -> tuple[list[Heard], dict[str, int]]:

@@ -270,7 +270,7 @@ def measure(
         device_id="bench", model=BUNDLE, state_dir=work, mqtt=MqttConfig(port=port),
         sources=(MicrophoneSourceConfig(device=MICROPHONE),),
         segment=SegmentConfig.model_validate({"preset": preset}),
-        gates=GatesConfig(min_confidence=0, min_speech_ratio=0, max_tokens_per_s=0),
+        gates=GatesConfig(min_confidence=0, min_speech_ratio=0, min_steadiness=0, max_tokens_per_s=0),
     )  # fmt: skip
     tape = record(spoken)
     isolated = alone(spoken, tape, config)

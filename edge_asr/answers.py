@@ -43,6 +43,7 @@ class Gates:
     min_confidence: float = 0.0
     min_speech_ratio: float = 0.0
     max_tokens_per_s: float = 0.0
+    min_steadiness: float = 0.0
 
     def refuse(self, segment: Segment, recognition: Recognition) -> str | None:
         """Return the gate that drops the segment, or None."""
@@ -55,6 +56,8 @@ class Gates:
             return "speech_ratio"
         if self.max_tokens_per_s and len(recognition.tokens) > self.max_tokens_per_s * max(speech_s, 0.1):
             return "rate"
+        if recognition.steadiness is not None and recognition.steadiness < self.min_steadiness:
+            return "steadiness"
         return None
 
 
@@ -98,7 +101,7 @@ class Answers:
         """`backlog_s`: audio that may wait before the oldest is given up; None: the source can wait instead."""
         self._sinks = sinks
         self._labels = labels
-        self._gates = gates
+        self.gates = gates
         self._attention = attention
         self._backlog_s = backlog_s
         self._pending: deque[Pending] = deque()
@@ -114,7 +117,7 @@ class Answers:
     def use(self, model: str, gates: Gates) -> None:
         """Let another model's thresholds hold from now on."""
         self._labels = dataclasses.replace(self._labels, model=model)
-        self._gates = gates
+        self.gates = gates
 
     async def put(self, pending: Pending) -> None:
         """Take the next segment; waits where the source can."""
@@ -204,7 +207,7 @@ class Answers:
         continues, self._admitted = pending.continues and self._admitted, False
         if LOST in recognition.enforced:
             return self._given_up(segment, recognition)
-        if (gate := self._gates.refuse(segment, recognition)) is not None:
+        if (gate := self.gates.refuse(segment, recognition)) is not None:
             metrics.GATED.labels(gate).inc()
             log.debug("%s: a segment of %.1f s dropped: %s", self._labels.source, segment.duration_s, gate)
             return None

@@ -280,6 +280,8 @@ class GatesConfig(Section):
     """A transcript with a lower confidence is dropped."""
     min_speech_ratio: Number | None = Field(default=None, ge=0, le=1)
     """A segment with a smaller share of speech chunks is dropped."""
+    min_steadiness: Number | None = Field(default=None, ge=0, le=1)
+    """A transcript of up to four tokens is dropped that is less sure of itself in disturbed sound; two decodes more."""
     max_tokens_per_s: Number | None = Field(default=None, ge=0)
     """A transcript with more tokens per second of speech is dropped."""
 

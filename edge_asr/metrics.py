@@ -88,7 +88,7 @@ MICROPHONE = (
     MICROPHONE_CLIPPED,
 )  # fmt: skip
 
-for _gate in ("empty", "confidence", "speech_ratio", "rate"):
+for _gate in ("empty", "confidence", "speech_ratio", "rate", "steadiness"):
     GATED.labels(_gate)
 for _step in STEPS:
     ENFORCED.labels(_step)

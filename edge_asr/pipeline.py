@@ -26,6 +26,7 @@ from edge_asr.recording import Recording
 from edge_asr.speech.completeness import COMPLETE_ENDPOINT, ContentEndpoint
 from edge_asr.speech.segmenter import POST_ROLL, Ended, Event, Paused, Resumed, Segmenter, Split, Started
 from edge_asr.speech.vad import SpeechDetector
+from edge_asr.steadiness import Doubted
 from edge_asr.types import CHUNK_S, SAMPLE_RATE, Chunk, Partial, Recognition, Samples, SegmentId, new_segment_id
 
 log = logging.getLogger(__name__)
@@ -283,7 +284,7 @@ class Listener:
             metrics.ENFORCED.labels("not_at_pause").inc()
             return
         left_s = max(0, min(self._segmenter.endpoint, COMPLETE_ENDPOINT) - POST_ROLL) * CHUNK_S
-        decode = self._submit(self._recording.samples(start, end), self._priority(), left_s)
+        decode = self._ask(self._recording.samples(start, end), left_s)
         current.early = (start, end, decode)
         current.judged = self._content_endpoint is None
 
@@ -324,7 +325,7 @@ class Listener:
         if at_pause and current.early is not None:
             (*_, recognition), current.early = current.early, None
         else:
-            recognition = self._submit(segment.samples, self._priority())
+            recognition = self._ask(segment.samples)
         shown = current.shown != ("", "")
         self._close(current)
         return Pending(segment, recognition, at_pause, current.since, shown, current.continues)
@@ -340,6 +341,17 @@ class Listener:
             if decode is not None:
                 decode.cancel()
         self._open = None
+
+    def _ask(self, samples: Samples, in_s: float = 0.0) -> Future[Recognition]:
+        """Ask for the recognition of a segment that ends after `in_s` seconds; a short text may be doubted."""
+        priority = self._priority()
+        if not self._answers.gates.min_steadiness:
+            return self._submit(samples, priority, in_s)
+        return Doubted(
+            samples,
+            lambda sound: self._submit(sound, priority, in_s),
+            lambda: self._budget.allows_early(self._scheduler.backlog_ms()),
+        )
 
     def _submit(self, samples: Samples, priority: Priority, in_s: float = 0.0) -> Future[Recognition]:
         """Ask for a recognition of what ends after `in_s` seconds, to be published within the budget then."""

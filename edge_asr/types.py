@@ -114,6 +114,8 @@ class Recognition:
     """What keeping to the budget has done to it: `batched`, `interrupted` (and begun again), `cut` (into parts)."""
     model: str = ""
     """The model that heard it: it may be changed while others wait."""
+    steadiness: float | None = None
+    """How sure a short text is in disturbed sound as well, 0 to 1; null where nobody looked."""
 
 
 @dataclass(frozen=True, slots=True)

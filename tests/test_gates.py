@@ -247,6 +247,14 @@ async def test_a_gate_keeps_a_real_recording_back_and_is_counted(gates: Gates, n
     assert dropped(name) == before + 1
 
 
+@pytest.mark.parametrize(("least", "count"), [(0.75, 1), (0.9999, 0)])
+async def test_a_short_text_must_stay_what_it_is(least: float, count: int) -> None:
+    before = dropped("steadiness")
+    assert len(await published(sound_of("03.wav"), Gates(min_steadiness=least))) == count
+    assert dropped("steadiness") == before + 1 - count
+    assert len(await published(sound_of("01.wav"), Gates(min_steadiness=least))) == 1, "it is long"
+
+
 def dropped(gate: str) -> float:
     """Return how many segments a gate has dropped so far."""
     return REGISTRY.get_sample_value("edge_asr_gated_total", {"gate": gate}) or 0.0

@@ -79,7 +79,7 @@ def _played(config: Config, tapes: Mapping[str, Tape], port: int) -> Config:
         update={
             "sources": tuple(FileSourceConfig(path=tape.path, name=name) for name, tape in tapes.items()),
             "mqtt": MqttConfig(host=HOST, port=port, base=config.mqtt.base, commands=False),
-            "gates": GatesConfig(min_confidence=0, min_speech_ratio=0, max_tokens_per_s=0),
+            "gates": GatesConfig(min_confidence=0, min_speech_ratio=0, min_steadiness=0, max_tokens_per_s=0),
             "listen": ListenConfig(),
         }
     )
