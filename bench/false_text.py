@@ -51,7 +51,7 @@ SHARES = {MUSIC: 1.0, BABBLE: 0.5, FOREIGN: 0.5, MANDARIN: 1.0}
 CONFIDENCES = (0.0, 0.5, 0.6, 0.65, 0.7, 0.75, 0.78, 0.8, 0.82, 0.84, 0.855, 0.86, 0.88)
 """Values of `min_confidence` in the table of what they drop."""
 
-STEADINESS = 0.75
+STEADINESS = 0.8
 """Short texts that are less steady are dropped in the second half of the table."""
 
 PHRASE_LENGTHS = (2, 3, 4)

@@ -52,7 +52,7 @@ def error(answer: Answer) -> dict[str, Any]:
 
 
 def test_everything_but_health_and_login_needs_the_token(guarded: Serving) -> None:
-    paths = [("GET", "/v1/models"), ("GET", "/openapi.json"), ("POST", "/recognize"), ("GET", "/nothing"), ("GET", "/")]
+    paths = [("GET", "/v1/models"), ("GET", "/openapi.json"), ("POST", "/recognize"), ("GET", "/nothing"), ("POST", "/")]
     for method, path in paths:
         answer = ask(guarded, method, path)
         assert answer[0] == 401
@@ -61,6 +61,8 @@ def test_everything_but_health_and_login_needs_the_token(guarded: Serving) -> No
         assert ask(guarded, method, path, None, **BEARER)[0] != 401
     for path in ("/healthz", "/readyz", "/login"):
         assert ask(guarded, "GET", path)[0] in (200, 503)
+    status, headers, *_ = ask(guarded, "GET", "/")
+    assert (status, headers["location"]) == (303, "/login"), "a person is asked for it"
 
 
 @pytest.mark.parametrize(
