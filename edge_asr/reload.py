@@ -76,7 +76,11 @@ class Reloader:
 
         The answer names the keys that have changed, and those that wait for a restart.
         """
-        change, use = await asyncio.to_thread(self._try)
+        try:
+            change, use = await asyncio.to_thread(self._try)
+        except ConfigError:
+            self._seen = await asyncio.to_thread(self._keeper.traces, self._config.model)  # this has had its chance
+            raise
         with self._noting(change.config):
             await self._keeper.reload(change.config.model, change.config.engine)
         self._config, self._later = change.config, change.later
@@ -92,13 +96,14 @@ class Reloader:
 
     async def rollback(self) -> dict[str, Any]:
         """Change back to the model that answered before; return what answers. Raises EdgeAsrError: nothing changed."""
+        use = await asyncio.to_thread(self._prepare, self._config)
         with self._noting(self._config):
             await self._keeper.rollback()
         folder = self._keeper.bundle.folder
         is_other = folder.resolve() != self._config.model.resolve()
         self._back = f"rolled back to {folder}; a reload takes {self._config.model}" if is_other else ""
         self._failure = ""
-        (await asyncio.to_thread(self._prepare, self._config))()
+        use()
         self._changed()
         return self._answering()
 

@@ -27,6 +27,8 @@ from edge_asr import keeper, reload
 from edge_asr.bench.proc import read_process
 from edge_asr.config import Config
 from edge_asr.config_changes import _replaced
+from edge_asr.errors import ConfigError
+from edge_asr.keeper import EngineKeeper
 from edge_asr.loader import engine_folder
 from edge_asr.recognizer.bundle import read_bundle
 from edge_asr.serve.access import hash_of
@@ -166,6 +168,40 @@ def test_the_configuration_changes_in_what_may_and_names_the_rest(
         want(http__token_file=None, model=tmp_path / "elsewhere")
         assert asked(other, "POST", "/admin/reload")[0] == 409
         assert asked(other)[1]["preset"] == "relaxed", "all of it, or nothing"
+
+
+def test_a_broken_configuration_is_told_once_whatever_changes_beside_it(
+    tmp_path: Path, engine: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(reload, "POLL_S", 0.01)
+    monkeypatch.setattr(reload, "QUIET_S", 0.05)
+    model = put_model(tmp_path / "model")
+    reads: list[Config] = []
+    looks: list[Path] = []
+    traces = EngineKeeper.traces
+
+    def look(kept: EngineKeeper, folder: Path) -> Any:
+        looks.append(folder)
+        return traces(kept, folder)
+
+    monkeypatch.setattr(EngineKeeper, "traces", look)
+
+    def reread() -> Config:
+        reads.append(server.daemon._config)
+        if len(reads) == 1:
+            raise ConfigError("nonsense: is no key")
+        return reads[-1]
+
+    with serving(reread=reread, state_dir=tmp_path / "state", model=model, engine=engine) as server:
+        wait_for(lambda: server.service.ready, "the model")
+        put_model(model, 灯="登")
+        wait_for(lambda: "nonsense" in server.daemon.describe()["why"], "the state to say why")
+        count = len(looks)
+        wait_for(lambda: len(looks) > count + 20, "more looks than it takes to be left alone")
+        assert len(reads) == 1
+        assert caplog.text.count("the configuration stays as it is: nonsense") == 1
+        put_model(model, 灯="登")
+        wait_for(lambda: text_of(server) == OTHER, "the other model")
 
 
 @pytest.mark.usefixtures("unwatched")
