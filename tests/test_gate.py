@@ -52,7 +52,13 @@ def error(answer: Answer) -> dict[str, Any]:
 
 
 def test_everything_but_health_and_login_needs_the_token(guarded: Serving) -> None:
-    paths = [("GET", "/v1/models"), ("GET", "/openapi.json"), ("POST", "/recognize"), ("GET", "/nothing"), ("POST", "/")]
+    paths = [
+        ("GET", "/v1/models"),
+        ("GET", "/openapi.json"),
+        ("POST", "/recognize"),
+        ("GET", "/nothing"),
+        ("POST", "/"),
+    ]
     for method, path in paths:
         answer = ask(guarded, method, path)
         assert answer[0] == 401
