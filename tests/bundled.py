@@ -14,6 +14,7 @@ from types import ModuleType
 
 import numpy as np
 
+import edge_asr
 from edge_asr.audio.decode import read
 from edge_asr.audio.source import Chunker
 from edge_asr.config import EngineConfig
@@ -26,6 +27,8 @@ from edge_asr.recognizer.whole import WholeParaformer
 from edge_asr.types import SAMPLE_RATE, Chunk, Samples
 
 REPOSITORY = Path(__file__).parent.parent
+PACKAGE = Path(edge_asr.__file__).parent
+"""The package under test: in the checkout, or where scripts/test-wheel has installed it."""
 BUNDLE = REPOSITORY / "engines" / "paraformer-tiny"
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 """Recordings and published side files that are no part of the project; tests skip where they are absent."""

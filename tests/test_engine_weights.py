@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from bundled import BUNDLE
+from bundled import BUNDLE, PACKAGE
 from onnx import numpy_helper
 from random_engine import recognizer_of, weights_from
 from random_weights import state_dict, utterance
@@ -277,7 +277,7 @@ def test_without_an_input_scale_it_is_the_root_of_the_width() -> None:
 
 
 def test_a_graph_of_another_kind_is_told_from_a_damaged_file(tmp_path: Path) -> None:
-    silero = BUNDLE.parents[1] / "edge_asr" / "speech" / "silero_vad.onnx"
+    silero = PACKAGE / "speech" / "silero_vad.onnx"
     with pytest.raises(UnknownGraphError):
         check(read_graph(silero, ModelConfig())[0])
     (tmp_path / "model.onnx").write_bytes(b"\xff" * 1000)

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from bundled import PACKAGE as ROOT
+from bundled import REPOSITORY
 
 PACKAGE = "edge_asr"
-ROOT = Path(__file__).parents[1] / PACKAGE
 
 LAYERS = {
     "types": 0,
@@ -225,7 +226,7 @@ def test_the_rule_lets_pass_what_it_allows(module: str, source: str) -> None:
 
 def test_the_package_says_that_it_is_typed() -> None:
     assert (ROOT / "py.typed").is_file()
-    assert '"py.typed"' in (ROOT.parent / "pyproject.toml").read_text(encoding="utf-8")
+    assert '"py.typed"' in (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("module", ["edge_asr", "edge_asr.cli", "edge_asr.config"])

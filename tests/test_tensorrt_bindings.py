@@ -15,12 +15,11 @@ from typing import Any
 
 import pytest
 import tensorrt_api
-from bundled import REPOSITORY
+from bundled import PACKAGE, REPOSITORY
 from tensorrt_api import ALL, BINDINGS, FACTS, REAL, facts, has, number, real, reduced, takes
 from tensorrt_calls import MODULE, Use, Walk, parameters
 from tensorrt_fakes import fake_tensorrt
 
-PACKAGE = REPOSITORY / "edge_asr"
 OURS = sorted(
     path for path in PACKAGE.rglob("*.py") if re.search(r"^\s*import tensorrt\b", path.read_text("utf-8"), re.M)
 )
