@@ -21,8 +21,12 @@ def expression(pattern: str) -> re.Pattern[str]:
     meant = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
     parts = []
     for k, part in enumerate(WILD.split(pattern)):
-        wild = k % 2 == 1
-        parts.append(meant.get(part, part) if wild else re.escape(part))
+        if k % 2 == 0:
+            parts.append(re.escape(part))
+        elif part.startswith("["):
+            parts.append("[" + part[1:].replace("[", r"\["))
+        else:
+            parts.append(meant.get(part, part))
     return re.compile("".join(parts))
 
 
