@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from bundled import REPOSITORY
+from bundled import PACKAGE, REPOSITORY
 from typer.core import TyperGroup
 from typer.main import get_command
 
@@ -26,6 +26,7 @@ PAGES = sorted(
     for pattern in ("*.md", "docs/**/*.md", "deploy/**/*.md", "engines/**/*.md", "bench/**/*.md")
     for page in REPOSITORY.glob(pattern)
 )
+SOURCES = REPOSITORY.resolve() / "edge_asr"
 NOT_OURS = {"triggers", "conditions", "recorder", "services", "automation"}
 """Keys of other programs' YAML, such as Home Assistant's: a block of nothing else is not our configuration."""
 OURS = re.compile(r"\S*\b(edge-asr|scripts/[\w-]+)\b")
@@ -106,7 +107,9 @@ def test_links_lead_somewhere(page: Path) -> None:
         name, _, anchor = link.partition("#")
         if re.match(r"\w+:", name):
             continue
-        target = page.parent / name if name else page
+        target = (page.parent / name).resolve() if name else page
+        if target.is_relative_to(SOURCES):
+            target = PACKAGE / target.relative_to(SOURCES)
         if not target.exists() or (anchor and target.suffix == ".md" and anchor not in anchors(target)):
             broken.append(link)
     assert broken == []

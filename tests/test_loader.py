@@ -26,7 +26,7 @@ from mosquitto import PATIENCE_S, wait_for
 from edge_asr import cli, loader
 from edge_asr.catalogue import CATALOGUE
 from edge_asr.child import EngineBuild
-from edge_asr.config import EngineConfig
+from edge_asr.config import BUNDLED_MODEL, EngineConfig
 from edge_asr.errors import BundleError, EngineError
 from edge_asr.loader import Recognizer, engine_folder, existing, load_engine, load_recognizer
 from edge_asr.recognizer.bundle import FP32, INT8, Bundle, read_bundle
@@ -521,7 +521,7 @@ def test_of_an_engine_that_does_not_fit_transcribe_says_a_line(
     out, err = capfd.readouterr()
     assert (ended.value.code, out) == (3, "")
     assert err == (
-        f"edge-asr: {tmp_path}: holds no engine; run edge-asr build-engine --model {BUNDLE} --out {tmp_path}\n"
+        f"edge-asr: {tmp_path}: holds no engine; run edge-asr build-engine --model {BUNDLED_MODEL} --out {tmp_path}\n"
     )
 
 

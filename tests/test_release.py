@@ -181,6 +181,7 @@ def test_the_same_commit_is_the_same_release_anywhere_and_at_any_time(
     for path in (clone / "edge_asr").rglob("*"):
         path.chmod(0o700 if path.is_dir() else 0o600)
     git(clone, "config", "core.fileMode", "false")
+    (tmp_path / "build.py").write_text("raise SystemExit('not the build that is pinned')")
     script = f"umask 077 && exec '{clone}/scripts/release' --snapshot"
     habits = {"TZ": "Asia/Shanghai", "LANG": "zh_CN.UTF-8", "SOURCE_DATE_EPOCH": "1", "PYTHONPATH": str(tmp_path)}
     made = run("bash", "-c", script, cwd=clone, RELEASE_TOOLS=sys.executable, **index.environ, **habits)
