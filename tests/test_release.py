@@ -326,13 +326,13 @@ def test_the_bill_says_what_needs_what(bill: dict[str, Any]) -> None:
     assert needs[f"pkg:pypi/edge-asr@{__version__}"] == {f"pkg:pypi/{name}@1" for name in requirements()}
 
 
-def spoil(file: str, old: str, new: str) -> Callable[[Path], None]:
-    """Return what changes a text of a clone, and commits that."""
+def spoil(file: str, old: str, new: str, count: int = 1) -> Callable[[Path], None]:
+    """Return what changes a text of a clone, at most `count` times if that is not 0, and commits that."""
 
     def change(clone: Path) -> None:
         text = (clone / file).read_text(encoding="utf-8")
         assert re.search(old, text), f"{old} is not in {file}"
-        (clone / file).write_text(re.sub(old, new, text, count=1), encoding="utf-8")
+        (clone / file).write_text(re.sub(old, new, text, count=count), encoding="utf-8")
         commit(clone)
 
     return change
@@ -433,11 +433,11 @@ def test_no_bill_no_release(clone: Path, index: Index) -> None:
     [
         (rf"{DEEP}.*\n", "", f"the lock lacks {DEEP}, which onnx needs"),
         (r"(numpy.*sha256:)\w{8}", r"\g<1>00000000", "THESE PACKAGES DO NOT MATCH THE HASHES"),
-        (r"(numpy==1) --hash.*", r"\1", "Hashes are required"),
+        (r" --hash=\S+", "", "Hashes are required"),
     ],
 )
 def test_a_lock_that_does_not_hold_is_not_released(clone: Path, index: Index, old: str, new: str, reason: str) -> None:
-    spoil(LOCK, old, new)(clone)
+    spoil(LOCK, old, new, count=0)(clone)
     refused = release(clone, "--snapshot", **index.environ)
     assert refused.returncode == 1
     assert reason in refused.stderr
