@@ -383,7 +383,7 @@ def forget_git(clone: Path) -> None:
         (["--snapshot"], spoil("CHANGELOG.md", r"(?m)^## .*$", "## 9.8 (2026-01-01)"), 1, "begins with '9.8 (2026"),
         (["--snapshot"], spoil("CHANGELOG.md", r"(?m)^## .*$", f"## {__version__}"), 1, "(YYYY-MM-DD)"),
         ([], spoil("CHANGELOG.md", r"(?m)^## .*$", f"## {__version__} (unreleased)"), 1, "give it its date"),
-        (["--snapshot"], add_and_commit("docs/x.md", "docker run edge-asr:9.8.7-jetson"), 1, "edge-asr:9.8.7"),
+        (["--snapshot"], add_and_commit("deploy/x.yaml", "image: edge-asr:9.8.7-jetson"), 1, "edge-asr:9.8.7"),
         (["--tag", "v9.8"], dated, 1, f"the tag must be v{__version__}"),
         (["--tag", __version__], dated, 1, f"the tag must be v{__version__}"),
         (["--tag", f"v{__version__}"], dated, 1, "is not on this commit"),
@@ -405,6 +405,8 @@ def test_what_is_not_so_is_not_released(
 
 def test_a_dated_version_with_its_tag_is_released(tmp_path: Path, clone: Path, index: Index) -> None:
     dated(clone)
+    add("deploy/x.yaml", f"# Of edge-asr:{__version__}.\nimage: edge-asr:{__version__}-jetson\n")(clone)
+    add_and_commit("deploy/x.md", "From edge-asr:9.8.6 to edge-asr:9.8.7.\n")(clone)
     git(clone, "tag", f"v{__version__}")
     made = release(clone, "--tag", f"v{__version__}", "--out", tmp_path / "out", **index.environ)
     assert made.returncode == 0, made.stderr
