@@ -34,8 +34,8 @@ from packaging.utils import canonicalize_name
 from pip_for import target_environment
 
 PIP_FOR = Path(__file__).with_name("pip_for.py")
-GLIBC_MINOR = {"3.10": 35, "3.11": 36, "3.12": 39}
-"""The C library of the oldest system that has this Python: Ubuntu 22.04, Debian 12, Ubuntu 24.04."""
+GLIBC_MINOR = {"3.10": 35, "3.11": 36, "3.12": 39, "3.13": 41}
+"""The C library of the oldest system that has this Python: Ubuntu 22.04, Debian 12, Ubuntu 24.04, Debian 13."""
 NOT_SAID = ("", "UNKNOWN")
 LONGEST_NAME = 60
 """A licence field that is longer holds the licence's text."""

@@ -25,7 +25,7 @@ from cyclonedx.validation.json import JsonStrictValidator
 from edge_asr import __version__
 
 LOCK = re.search(r"^lock=(\S+)", (REPOSITORY / "scripts/release").read_text(), re.MULTILINE)[1]  # type: ignore[index]
-EXTRAS = ("cpu", "microphone", "serve")
+EXTRAS = ("cpu", "microphone", "serve", "demo")
 PATIENCE_S = 600
 LARGE_BYTES = 200_000
 """Larger files are left out of what most tests release, but for the package's own: they prove nothing more."""
