@@ -29,8 +29,8 @@ from edge_asr.publish.connection import IN_FLIGHT_LIMIT, OPEN_S
 from edge_asr.types import SAMPLE_RATE
 
 PATIENCE_S = 60.0
-BROKER_PER_S = 20_000.0
-"""QoS 1 that one Mosquitto took here (`--measure`, docs/scale.md), from clients on the same two cores: a floor."""
+BROKER_PER_S = 11_000.0
+"""QoS 1 that one Mosquitto brought to one reader (`--measure`, docs/scale.md), all on the same two cores: a floor."""
 CONNECTS_PER_S = 5_000.0
 """Connections: a third of what it took here, for each is also greeted with two subscriptions and two messages."""
 DEVICE_PER_S = 3_800.0
@@ -47,13 +47,13 @@ class Traffic:
 
 
 SENTENCE = {
-    "partial": Traffic(6.6, 184, 0),
-    "said": Traffic(1.0, 1_234, 0),
-    "transcript": Traffic(1.0, 1_219, 1),
-    "state": Traffic(0.9, 559, 1),
+    "partial": Traffic(6.6, 196, 0),
+    "said": Traffic(1.0, 1_246, 0),
+    "transcript": Traffic(1.0, 1_231, 1),
+    "state": Traffic(0.8, 579, 1),
 }
 """For a sentence of 3.3 s, as `--measure` counted on 2026-11-24."""
-IDLE_STATE = Traffic(1 / 60, 559, 1)
+IDLE_STATE = Traffic(1 / 60, 563, 1)
 """A second in which nobody speaks: the sensors are shown anew every minute (docs/mqtt.md)."""
 PACKET = 7
 """Bytes of MQTT beside topic and payload: head, length, packet id, properties."""

@@ -26,7 +26,7 @@ HOUR_S = 3_600.0
 PEAK_H = 19.0
 """The hour of the peak."""
 LEVELS = (0.1, 0.5)
-"""Requests in the night (23 to 7) and in the day beside the peak, of the mean."""
+"""Requests in the night (23 to 7) and in the day beside the peak, of the mean of the day."""
 LENGTH_S, LENGTH_SPREAD, LONGEST_S = 3.3, 0.5, 30.0
 """Mean length of a recording, as in docs/server-load.md; deviation of its logarithm, an assumption; the longest."""
 GAP_S = 4.0
@@ -147,21 +147,26 @@ class Setting:
     seed: int = 0
 
 
+def flat(hours: Array) -> Array:
+    """Return the rate beside the peak, of the mean of the day: within an hour it rises in the morning, and falls."""
+    return np.asarray(np.interp(hours % 24, (6.5, 7.5, 22.5, 23.5), (LEVELS[0], LEVELS[1], LEVELS[1], LEVELS[0])))
+
+
 def level(hours: Array, peak: float) -> Array:
     """Return the rate at hours of the day, of the mean of the day: a night, a day, and an evening of `peak`."""
-    night = (hours % 24 < 7) | (hours % 24 >= 23)
-    flat = np.where(night, *LEVELS)
-    grid = np.arange(0, 24, 1 / 60)
-    mean = float(np.where((grid < 7) | (grid >= 23), *LEVELS).mean())
     if peak <= 1:
         return np.ones_like(hours)
+    grid = np.arange(0, 24, 1 / 60)
+    mean = float(flat(grid).mean())
+
+    def bump(at: Array, width: float) -> Array:
+        return np.asarray((peak - LEVELS[1]) * np.exp(-((((at % 24) - PEAK_H) / width) ** 2) / 2))
+
     lowest, highest = 0.01, 50.0
     for _ in range(60):  # how wide the peak is follows from how much of the day has to be in it
         width = (lowest + highest) / 2
-        area = mean + float(np.mean((peak - LEVELS[1]) * np.exp(-(((grid - PEAK_H) / width) ** 2) / 2)))
-        lowest, highest = (lowest, width) if area > 1 else (width, highest)
-    found = flat + (peak - LEVELS[1]) * np.exp(-(((hours % 24 - PEAK_H) / width) ** 2) / 2)
-    return np.asarray(found, dtype=np.float64)
+        lowest, highest = (lowest, width) if mean + bump(grid, width).mean() > 1 else (width, highest)
+    return np.asarray(flat(hours) + bump(hours, width), dtype=np.float64)
 
 
 def arrivals(
@@ -583,6 +588,7 @@ def report(done: Simulation) -> dict[str, Any]:
         "batch": round(float(np.mean(done.batches)), 3) if done.batches else 0.0,
         "replicas": {"least": min(ready), "mean": round(float(np.mean(ready)), 2), "most": max(ready)},
         "replica_hours": round(sum(ready) * done.setting.row_s / HOUR_S, 1),
+        "p95_ms_at_failure": _around(done),
         "busy": {"mean": round(float(np.mean([row.busy for row in done.rows])), 3),
                  "p99": round(float(np.percentile([row.busy for row in done.rows], 99)), 3)},
     }  # fmt: skip
@@ -597,3 +603,13 @@ def clients(rng: np.random.Generator, number: int, every_s: float, seconds: floa
             found.append(at)
             at += rng.uniform(0.5, 1.5) * every_s
     return np.sort(np.asarray(found, dtype=np.float64))
+
+
+def _around(done: Simulation) -> dict[str, float]:
+    """Return the highest p95 of two minutes in the ten before a replica died, and in the ten after."""
+    at = done.setting.fails_at
+    if at is None:
+        return {}
+    before = [row.p95_ms for row in done.rows if at - 600 <= row.at < at]
+    after = [row.p95_ms for row in done.rows if at <= row.at < at + 600]
+    return {"before": round(max(before, default=0.0)), "after": round(max(after, default=0.0))}

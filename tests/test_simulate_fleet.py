@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import random
+import re
 from contextlib import AbstractContextManager
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 import yaml
 from bundled import REPOSITORY
 
-from bench.fleet_broker import broker_load, delays, replay, storm
+from bench.fleet_broker import SENTENCE, broker_load, delays, replay, storm
 from bench.fleet_replicas import (
     COSTS,
     DAY_S,
@@ -311,6 +312,27 @@ def test_costs_are_those_of_the_pages() -> None:
     assert 1e3 / COSTS["bundled-int8"].ms((3.3,)) == pytest.approx(75, rel=0.01)
     assert [round(COSTS["large-int8"].engine_ms((seconds,)), 1) for seconds in (2, 5)] == [27.5, 44.4]
     assert needed(12.05, COSTS["large-int8"]) == 3  # two thirds of one, rounded up, and one that may fail
+
+
+def test_the_page_says_how_many_replicas_are_needed() -> None:
+    page = (REPOSITORY / "docs" / "scale.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([\d,]+) \| ([\d,.]+)/s \| (\d+) \|", page, re.MULTILINE)
+    found = [(int(per_day.replace(",", "")), float(peak.replace(",", "")), int(count)) for per_day, peak, count in rows]
+    assert [per_day for per_day, _, _ in found] == [100_000, 1_000_000, 10_000_000]
+    for per_day, peak, count in found:
+        assert peak == pytest.approx(10 * per_day / DAY_S, rel=0.01)
+        assert count == needed(10 * per_day / DAY_S, COSTS["large-int8"])
+
+
+def test_the_page_has_the_messages_and_rates_of_the_simulation() -> None:
+    page = (REPOSITORY / "docs" / "scale.md").read_text(encoding="utf-8")
+    for topic, traffic in SENTENCE.items():
+        assert re.search(
+            rf"^\| `{topic}` \| {traffic.qos} \| {traffic.messages:g}\b.* \| {traffic.size:,}\b", page, re.MULTILINE
+        )
+    peak = broker_load(10_000, 100, 10)["peak"]
+    assert f"| {peak['qos1_per_s']:.0f} |" in page
+    assert f"{peak['in_per_s']:,.0f}: " in page
 
 
 # The broker
