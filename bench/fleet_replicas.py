@@ -220,7 +220,6 @@ class Replica:
     partial: float | None = None
     """ms of the newest partial, which goes after requests."""
     running: list[list[Request]] = field(default_factory=list)
-    runs: int = 0
     in_progress: int = 0
     interval_s: float = 0.0
     busy_since: float = 0.0
@@ -471,7 +470,7 @@ class Simulation:
         self._start(self.setting.scaling.start_s if self.setting.scaling else Scaling().start_s)
 
     def _stall(self, replica: Replica) -> None:
-        if self.setting.stalls is None or replica.dead or self.now > self._ends_at:
+        if self.setting.stalls is None or not replica.ready or self.now > self._ends_at:
             return
         replica.urgent.append(self._chance.uniform(0, 2 * self.setting.stalls.for_s) * 1e3)
         self._work(replica)
@@ -479,7 +478,7 @@ class Simulation:
 
     def _hear(self, replica: Replica) -> None:
         """A sentence of the microphone: a partial every 300 ms while it is spoken, and the final at the pause."""
-        if replica.dead or self.now > self._ends_at:
+        if not replica.ready or self.now > self._ends_at:
             return
         said_s, cost = LENGTH_S, self.setting.cost
         for number in range(1, int(said_s / 0.3)):

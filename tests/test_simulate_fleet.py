@@ -289,6 +289,15 @@ def test_what_a_dying_replica_had_is_asked_again() -> None:
     assert (done.broken, done.answered, done.gave_up) == (2, 4, 0)
 
 
+def test_a_replica_that_was_stopped_is_never_busy_again() -> None:
+    rng, count = np.random.default_rng(13), 30_000
+    times = np.sort(np.concatenate([rng.uniform(0, 600, count), rng.uniform(600, 12_000, 2_000)]))
+    setting = Setting(COSTS["large-int8"], Scaling(), stalls=Stalls(60, 0.2), microphone=True)
+    done = Simulation(times, lengths(rng, len(times)), setting).run()
+    assert max(row.ready for row in done.rows) > done.rows[-1].ready
+    assert np.mean([row.busy for row in done.rows if row.at > 9_000]) < 0.1
+
+
 def test_the_same_seed_gives_the_same_day_and_another_one_another() -> None:
     first, again, other = (overloaded(seed).run() for seed in (0, 0, 1))
     assert (first.rows, first.latencies_s) == (again.rows, again.latencies_s)
