@@ -21,7 +21,7 @@ import numpy as np
 import paho.mqtt.client as paho
 from paho.mqtt.enums import CallbackAPIVersion
 
-from bench.fleet_replicas import DAY_S, Array
+from bench.fleet_arrivals import DAY_S, Array
 from bench.load import Sentence, Setting, bundled_sentences, daemon, free_port, make_tape, until_ready
 from edge_asr.bench.proc import read_process
 from edge_asr.broker import HOST, serving

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import heapq
 import itertools
-import math
 import random
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -13,26 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from bench.fleet_arrivals import HOUR_S, LENGTH_S, Array
+from bench.fleet_scaling import Autoscaler, Scaling
 from edge_asr.recognizer.requests import Priority
 from edge_asr.recognizer.runs import MOST, NETWORK_MS, SAFETY
 from edge_asr.serve.admission import LONGER, REQUESTS, WEIGHT
-
-Array = npt.NDArray[np.float64]
-
-DAY_S = 86_400.0
-HOUR_S = 3_600.0
-PEAK_H = 19.0
-"""The hour of the peak."""
-LEVELS = (0.1, 0.5)
-"""Requests in the night (23 to 7) and in the day beside the peak, of the mean of the day."""
-LENGTH_S, LENGTH_SPREAD, LONGEST_S = 3.3, 0.5, 30.0
-"""Mean length of a recording, as in docs/server-load.md; deviation of its logarithm, an assumption; the longest."""
-GAP_S = 4.0
-"""Between two requests of a burst, at the mean."""
-BINS_S = 60.0
-"""The rate of arrivals is constant for so long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,30 +81,6 @@ STALLS = Stalls(15.0, 0.6)
 
 
 @dataclass(frozen=True, slots=True)
-class Scaling:
-    """deploy/kubernetes/base/horizontalpodautoscaler.yaml, and what a replica needs to start."""
-
-    least: int = 2
-    most: int = 10
-    cpu: float = 0.70
-    p95_s: float = 0.7
-    cpu_of_busy: float = 0.9
-    """Processor used of what is requested, where the replica is always busy: 1.2 of 2 cores at 12.05 of 18 a second."""
-    tolerance: float = 0.1
-    every_s: float = 15.0
-    cpu_over_s: float = 30.0
-    p95_over_s: float = 120.0
-    up_window_s: float = 30.0
-    up_share: float = 1.0
-    up_pods: int = 2
-    up_period_s: float = 60.0
-    down_window_s: float = 600.0
-    down_pods: int = 1
-    down_period_s: float = 300.0
-    start_s: float = 30.0
-
-
-@dataclass(frozen=True, slots=True)
 class Setting:
     """What is simulated beside arrivals."""
 
@@ -145,55 +106,6 @@ class Setting:
     warm_up_s: float = 0.0
     """Times of requests before that are not counted."""
     seed: int = 0
-
-
-def flat(hours: Array) -> Array:
-    """Return the rate beside the peak, of the mean of the day: within an hour it rises in the morning, and falls."""
-    return np.asarray(np.interp(hours % 24, (6.5, 7.5, 22.5, 23.5), (LEVELS[0], LEVELS[1], LEVELS[1], LEVELS[0])))
-
-
-def level(hours: Array, peak: float) -> Array:
-    """Return the rate at hours of the day, of the mean of the day: a night, a day, and an evening of `peak`."""
-    if peak <= 1:
-        return np.ones_like(hours)
-    grid = np.arange(0, 24, 1 / 60)
-    mean = float(flat(grid).mean())
-
-    def bump(at: Array, width: float) -> Array:
-        return np.asarray((peak - LEVELS[1]) * np.exp(-((((at % 24) - PEAK_H) / width) ** 2) / 2))
-
-    lowest, highest = 0.01, 50.0
-    for _ in range(60):  # how wide the peak is follows from how much of the day has to be in it
-        width = (lowest + highest) / 2
-        lowest, highest = (lowest, width) if mean + bump(grid, width).mean() > 1 else (width, highest)
-    return np.asarray(flat(hours) + bump(hours, width), dtype=np.float64)
-
-
-def arrivals(
-    rng: np.random.Generator,
-    per_day: float,
-    peak: float = 10.0,
-    burst: float = 2.0,
-    hours: tuple[float, float] = (0, 24),
-) -> Array:
-    """Return when requests come, in seconds of the day, in order: bursts of `burst` at the mean, by the hour."""
-    starts = np.arange(hours[0] * HOUR_S, hours[1] * HOUR_S, BINS_S)
-    wanted = per_day / DAY_S * BINS_S * level((starts + BINS_S / 2) / HOUR_S, peak) / burst
-    counts = rng.poisson(wanted)
-    began = np.repeat(starts, counts) + rng.random(int(counts.sum())) * BINS_S
-    sizes = rng.geometric(1 / burst, len(began)) if burst > 1 else np.ones(len(began), dtype=np.int64)
-    gaps = rng.exponential(GAP_S, int(sizes.sum()))
-    firsts = np.cumsum(sizes) - sizes
-    gaps[firsts] = 0
-    total = np.cumsum(gaps)
-    times = np.repeat(began, sizes) + total - np.repeat(total[firsts], sizes)
-    return np.sort(times)
-
-
-def lengths(rng: np.random.Generator, count: int, spread: float = LENGTH_SPREAD) -> Array:
-    """Return seconds of audio of so many recordings: log-normal."""
-    found = rng.lognormal(math.log(LENGTH_S) - spread**2 / 2, spread, count)
-    return np.asarray(np.minimum(found, LONGEST_S), dtype=np.float64)
 
 
 @dataclass(slots=True, eq=False)
@@ -525,45 +437,6 @@ class Simulation:
             self._stop(replica)
 
 
-class Autoscaler:
-    """Kubernetes' horizontal one, for the measures of Scaling."""
-
-    def __init__(self, scaling: Scaling) -> None:
-        self.scaling = scaling
-        self._busy: deque[float] = deque(maxlen=max(1, round(scaling.cpu_over_s / scaling.every_s)))
-        self._wanted: deque[tuple[float, int]] = deque()
-        self._had: deque[tuple[float, int]] = deque()
-
-    def decide(self, now: float, ready: int, starting: int, busy: float, p95_s: float) -> int:
-        """Return how many replicas there are to be."""
-        rules, present = self.scaling, ready + starting
-        self._busy.append(busy)
-        cpu = rules.cpu_of_busy * sum(self._busy) / len(self._busy)
-        ratio = max(cpu / rules.cpu, p95_s / rules.p95_s)
-        wanted = present if abs(ratio - 1) <= rules.tolerance else math.ceil(ready * ratio)
-        # While replicas start, those that are ready work for them too: fewer are not needed.
-        wanted = max(wanted, present) if starting else wanted
-        if not self._wanted:
-            self._wanted.append((now, present))
-        self._wanted.append((now, wanted))
-        self._had.append((now, present))
-        longest_s = max(rules.up_window_s, rules.down_window_s, rules.up_period_s, rules.down_period_s)
-        for kept in (self._wanted, self._had):
-            while kept[0][0] < now - longest_s:
-                kept.popleft()
-        up = min(value for at, value in self._wanted if at >= now - rules.up_window_s)
-        down = max(value for at, value in self._wanted if at >= now - rules.down_window_s)
-        chosen = up if up > present else min(down, present)
-        if chosen > present:
-            before = min(value for at, value in self._had if at >= now - rules.up_period_s)
-            chosen = min(chosen, max(math.ceil(before * (1 + rules.up_share)), before + rules.up_pods))
-            chosen = max(chosen, present)
-        elif chosen < present:
-            before = max(value for at, value in self._had if at >= now - rules.down_period_s)
-            chosen = min(present, max(chosen, before - rules.down_pods))
-        return max(rules.least, min(rules.most, chosen))
-
-
 def shares(values_s: Sequence[float]) -> dict[str, float]:
     """Return mean and percentiles in ms."""
     if not len(values_s):
@@ -591,17 +464,6 @@ def report(done: Simulation) -> dict[str, Any]:
         "busy": {"mean": round(float(np.mean([row.busy for row in done.rows])), 3),
                  "p99": round(float(np.percentile([row.busy for row in done.rows], 99)), 3)},
     }  # fmt: skip
-
-
-def clients(rng: np.random.Generator, number: int, every_s: float, seconds: float) -> Array:
-    """Return when the clients of bench/load.py ask, in order: each at its own times, half to one and a half of it."""
-    found: list[float] = []
-    for _ in range(number):
-        at = rng.random() * every_s
-        while at < seconds:
-            found.append(at)
-            at += rng.uniform(0.5, 1.5) * every_s
-    return np.sort(np.asarray(found, dtype=np.float64))
 
 
 def _around(done: Simulation) -> dict[str, float]:

@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
+from bench.fleet_arrivals import DAY_S, HOUR_S, LENGTH_S, PEAK_H, arrivals, clients, lengths, level
 from bench.fleet_broker import (
     BROKER_PER_S,
     CONNECTS_PER_S,
@@ -34,24 +35,8 @@ from bench.fleet_broker import (
     replay,
     storm,
 )
-from bench.fleet_replicas import (
-    COSTS,
-    DAY_S,
-    HOUR_S,
-    LENGTH_S,
-    PEAK_H,
-    STALLS,
-    Cost,
-    Scaling,
-    Setting,
-    Simulation,
-    Stalls,
-    arrivals,
-    clients,
-    lengths,
-    level,
-    report,
-)
+from bench.fleet_replicas import COSTS, STALLS, Cost, Setting, Simulation, Stalls, report
+from bench.fleet_scaling import Scaling
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,24 +14,10 @@ import pytest
 import yaml
 from bundled import REPOSITORY
 
+from bench.fleet_arrivals import DAY_S, HOUR_S, arrivals, lengths, level
 from bench.fleet_broker import SENTENCE, broker_load, delays, replay, storm
-from bench.fleet_replicas import (
-    COSTS,
-    DAY_S,
-    HOUR_S,
-    Autoscaler,
-    Cost,
-    Replica,
-    Scaling,
-    Setting,
-    Simulation,
-    Stalls,
-    arrivals,
-    lengths,
-    level,
-    may_share,
-    report,
-)
+from bench.fleet_replicas import COSTS, Cost, Replica, Setting, Simulation, Stalls, may_share, report
+from bench.fleet_scaling import Autoscaler, Scaling
 from bench.simulate_fleet import Wanted, main, needed, simulate, validation
 from edge_asr.budget import CostModel
 from edge_asr.config_mqtt import MqttConfig
