@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from edge_asr.errors import ConfigError, EdgeAsrError
 
@@ -32,6 +32,11 @@ class Broker:
     program: str
     """`mosquitto` or `amqtt`; the latter takes time from whatever runs in the same process."""
     port: int
+
+    @property
+    def protocol(self) -> Literal["auto", "3.1.1"]:
+        """What `mqtt.protocol` should be: amqtt knows no MQTT 5, and does not answer one with properties."""
+        return "3.1.1" if self.program == AMQTT else "auto"
 
 
 @asynccontextmanager

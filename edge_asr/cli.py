@@ -113,6 +113,18 @@ def doctor(
 
 
 @app.command()
+def health(config: ConfigOption = None, override: OverrideOption = None) -> None:
+    """Ask the daemon on this machine, over HTTP, whether it can recognise something: the health check of containers.
+
+    Exit code: 0 if it can, 1 if it cannot or does not answer, 2 if the configuration is wrong or has no HTTP server.
+    """
+    settings = read_config(config, override, ANY_MODEL)
+    from edge_asr import cli_health
+
+    print(cli_health.check(settings.http))
+
+
+@app.command()
 def transcribe(
     # Not as paths: those would not be as given, for `./a.wav` would become `a.wav`.
     files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Audio in any format.")],

@@ -71,7 +71,7 @@ async def _run(config: Config, keep: bool) -> int:
             played = fresh.model_copy(
                 update={
                     "sources": (FileSourceConfig(path=tape, name="samples"),),
-                    "mqtt": MqttConfig(host=HOST, port=broker.port, base=config.mqtt.base),
+                    "mqtt": MqttConfig(host=HOST, port=broker.port, protocol=broker.protocol, base=config.mqtt.base),
                 }
             )
             showing = asyncio.current_task()

@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -29,13 +29,13 @@ LINE = re.compile(
 class Demo:
     """A demonstration in a process of its own, with a folder for temporary files that it should leave empty."""
 
-    def __init__(self, folder: Path, *arguments: str) -> None:
+    def __init__(self, folder: Path, *arguments: str, command: Sequence[str] = ("-m", "edge_asr")) -> None:
         self._output = folder / "output"
         self.temporary = folder / "temporary"
         self.temporary.mkdir()
         with self._output.open("wb") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "edge_asr", "demo", *arguments],
+                [sys.executable, *command, "demo", *arguments],
                 stdout=output,
                 stderr=output,
                 env={"PATH": "/usr/bin:/bin", "TMPDIR": str(self.temporary), "LANG": "C.UTF-8"},
@@ -71,14 +71,23 @@ def start(tmp_path: Path) -> Iterator[Start]:
     """Return what starts a demonstration; at the end none is left."""
     demos: list[Demo] = []
 
-    def run(*arguments: str) -> Demo:
-        demos.append(Demo(tmp_path, *arguments))
+    def run(*arguments: str, **options: Sequence[str]) -> Demo:
+        demos.append(Demo(tmp_path, *arguments, **options))
         return demos[-1]
 
     yield run
     for demo in demos:
         demo.process.kill()
         demo.process.wait(PATIENCE_S)
+
+
+WITHOUT_MOSQUITTO = """
+from edge_asr import broker
+from edge_asr.cli import main
+
+broker._find_mosquitto = lambda: None
+main()
+"""
 
 
 def bundle_with(folder: Path, samples: dict[str, str]) -> Path:
@@ -111,6 +120,14 @@ def test_the_demo_shows_every_sample_as_it_is_spoken_and_then_how_to_go_on(
     assert demo.output.index("sentences arrived") < demo.output.index("How to go on")
     assert not re.search("WARNING|ERROR", demo.output)
     assert list(demo.temporary.iterdir()) == []
+
+
+def test_the_demo_needs_no_mosquitto(start: Start, tmp_path: Path) -> None:
+    pytest.importorskip("amqtt", reason="scripts/setup demo")
+    model = bundle_with(tmp_path / "some", first(2))
+    demo = start("-o", f"model={model}", command=("-c", WITHOUT_MOSQUITTO))
+    assert demo.end(120) == 0, demo.output
+    assert "2 of 2 sentences arrived" in demo.output
 
 
 def test_a_sentence_that_does_not_arrive_fails_the_demo_and_is_named(start: Start, tmp_path: Path) -> None:

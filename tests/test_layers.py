@@ -76,6 +76,7 @@ LAYERS = {
     "cli_subscribe": 5,
     "cli_mqtt": 5,
     "cli_forget": 5,
+    "cli_health": 5,
     "cli_token": 5,
     "cli_seed": 5,
     "cli_subscribe_view": 5,

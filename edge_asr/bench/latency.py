@@ -18,7 +18,7 @@ from edge_asr.bench.progress import EVERY_S, Tick, shown
 from edge_asr.bench.subscriber import subscribed
 from edge_asr.bench.tape import Tape, record_all
 from edge_asr.bench.verdict import Counts, judge, place
-from edge_asr.broker import HOST, serving
+from edge_asr.broker import HOST, Broker, serving
 from edge_asr.config import Config, FileSourceConfig, GatesConfig, ListenConfig
 from edge_asr.config_mqtt import MqttConfig
 from edge_asr.errors import EdgeAsrError
@@ -60,7 +60,7 @@ async def _replay(config: Config, files: Sequence[str], streams: int, clients: i
         tapes = record_all(folder, files, streams)
         messages = folder / "messages"
         async with serving() as broker:
-            played = _played(fresh, tapes, broker.port)
+            played = _played(fresh, tapes, broker)
             topic = f"{played.mqtt.base}/{played.device_id}/transcript"
             async with subscribed(broker.port, topic, messages) as subscriber:
                 before = Counts.now()
@@ -73,12 +73,14 @@ async def _replay(config: Config, files: Sequence[str], streams: int, clients: i
     return Outcome({**figures, **_circumstances(config, streams, broker.program, events), **beside}, failure)
 
 
-def _played(config: Config, tapes: Mapping[str, Tape], port: int) -> Config:
+def _played(config: Config, tapes: Mapping[str, Tape], broker: Broker) -> Config:
     """Return the configuration with the tapes as sources, to be published at this port, whatever is said."""
     return config.model_copy(
         update={
             "sources": tuple(FileSourceConfig(path=tape.path, name=name) for name, tape in tapes.items()),
-            "mqtt": MqttConfig(host=HOST, port=port, base=config.mqtt.base, commands=False),
+            "mqtt": MqttConfig(
+                host=HOST, port=broker.port, protocol=broker.protocol, base=config.mqtt.base, commands=False
+            ),
             "gates": GatesConfig(min_confidence=0, min_speech_ratio=0, min_steadiness=0, max_tokens_per_s=0),
             "listen": ListenConfig(),
         }
