@@ -36,8 +36,8 @@ def _ask(host: str, config: HttpConfig) -> tuple[int, str]:
     connection = _connection(host, config)
     try:
         connection.request("GET", "/readyz")
-        answer = connection.getresponse()
-        return answer.status, str(json.loads(answer.read(65_536))["state"])
+        with connection.getresponse() as answer:
+            return answer.status, str(json.loads(answer.read(65_536))["state"])
     except (OSError, http.client.HTTPException) as error:
         raise EdgeAsrError(f"no answer from {host}:{config.port} ({error}); does edge-asr run?") from error
     except (ValueError, LookupError, TypeError) as error:
