@@ -86,6 +86,11 @@ def test_the_image_is_of_this_version(name: str) -> None:
     assert set(re.findall(r"edge-asr:(\d[\w.]*)", text)) == {__version__}
 
 
+def test_the_unit_runs_the_image_of_this_version() -> None:
+    unit = (REPOSITORY / "systemd" / "edge-asr-container.service").read_text(encoding="utf-8")
+    assert re.findall(r"IMAGE=(\S+)", unit) == [f"edge-asr:{__version__}-jetson"]
+
+
 @each_dockerfile
 def test_every_base_is_pinned(name: str) -> None:
     bases = [value for key, value in arguments(name).items() if key in ("BASE", "TOOLS", "JETPACK5")]

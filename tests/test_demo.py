@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import signal
@@ -38,7 +39,12 @@ class Demo:
                 [sys.executable, *command, "demo", *arguments],
                 stdout=output,
                 stderr=output,
-                env={"PATH": "/usr/bin:/bin", "TMPDIR": str(self.temporary), "LANG": "C.UTF-8"},
+                env={
+                    "PATH": "/usr/bin:/bin",
+                    "TMPDIR": str(self.temporary),
+                    "LANG": "C.UTF-8",
+                    "XDG_DATA_HOME": os.environ["XDG_DATA_HOME"],  # the engines of these tests, not the user's
+                },
             )
 
     @property
