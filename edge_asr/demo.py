@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import sys
 import tempfile
 import wave
@@ -33,9 +34,9 @@ ARRIVAL_S = 10.0
 
 GO_ON = """
 How to go on
-  your own broker    .venv/bin/edge-asr run --source FILE.wav -o mqtt.host=BROKER
-  raw audio          arecord -t raw -f S16_LE -r 16000 -c 1 | .venv/bin/edge-asr run --source stdin
-  a real model       .venv/bin/edge-asr models pull paraformer-small      (82 MB; or transcribe --model DIR)
+  your own broker    {program} run --source FILE.wav -o mqtt.host=BROKER
+  raw audio          arecord -t raw -f S16_LE -r 16000 -c 1 | {program} run --source stdin
+  a real model       {program} models pull paraformer-small      (82 MB; or transcribe --model DIR)
   everything else    config.yaml, each key with a comment; README.md
 The bundled model knows some 60 command words and numbers, learnt from synthetic speech: real use wants a real model."""
 
@@ -84,7 +85,9 @@ async def _run(config: Config, keep: bool) -> int:
                 print(f"microphone {len(samples)} sample recordings of {config.model.name}, at the pace of speech\n")
                 sys.stdout.flush()  # the first sentence takes a while
                 missing = await _play(played, subscriber, [text for text, _ in samples])
-                print(GO_ON, flush=True)
+                # In an image or a service the shell finds it; after scripts/run it does not.
+                program = "edge-asr" if shutil.which("edge-asr") else ".venv/bin/edge-asr"
+                print(GO_ON.format(program=program), flush=True)
                 while keep:
                     print("\nagain, until Ctrl-C; watch from elsewhere:", end=" ")
                     print(f"mosquitto_sub -h {HOST} -p {broker.port} -v -t '#'\n", flush=True)

@@ -124,6 +124,7 @@ def test_the_demo_shows_every_sample_as_it_is_spoken_and_then_how_to_go_on(
         assert int(match["total"]) > 0
     assert f"{count} of {count} sentences arrived" in demo.output
     assert demo.output.index("sentences arrived") < demo.output.index("How to go on")
+    assert " .venv/bin/edge-asr run --source FILE.wav" in demo.output
     assert not re.search("WARNING|ERROR", demo.output)
     assert list(demo.temporary.iterdir()) == []
 
