@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,8 +38,9 @@ class Wire:
 
 
 @pytest.fixture
-def delivery(tmp_path: Path) -> Delivery:
-    return Delivery(DiskOutbox(OutboxConfig(), tmp_path / "outbox.sqlite3"), "edge_asr/hall/transcript")
+def delivery(tmp_path: Path) -> Iterator[Delivery]:
+    with closing(DiskOutbox(OutboxConfig(), tmp_path / "outbox.sqlite3")) as outbox:
+        yield Delivery(outbox, "edge_asr/hall/transcript")
 
 
 def connect(delivery: Delivery) -> Any:

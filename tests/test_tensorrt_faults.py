@@ -224,15 +224,18 @@ def run_next(encoder: TensorRtNetwork, decoder: TensorRtNetwork, number: int, en
 def test_after_an_error_of_the_gpu_nothing_can_be_computed(
     failing: int, options: TensorRtOptions, tmp_path: Path
 ) -> None:
+    """Also where somebody keeps the errors: nothing of the GPU is kept with them, or it would be given back late."""
     paths = write_plans(tmp_path)
+    kept = []
     with fake_tensorrt(RELEASE) as gpu, loaded(paths, options) as (encoder, decoder):
         gpu.fail_at = gpu.counts["executions"] + failing
         enc: Any = None
         for number in range(1, failing):
             enc = run_next(encoder, decoder, number, enc)
         for number in (failing, failing, 1, 1):
-            with pytest.raises(BrokenEngineError, match=r"launch failure.*restart edge-asr"):
+            with pytest.raises(BrokenEngineError, match=r"launch failure.*restart edge-asr") as caught:
                 run_next(encoder, decoder, number, enc)
+            kept.append(caught.value)
 
 
 def test_numbers_that_are_not_finite_have_an_error_of_their_own(tmp_path: Path) -> None:

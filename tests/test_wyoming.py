@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import socket
@@ -87,10 +88,16 @@ class Room:
 
     async def raw(self, data: bytes) -> list[Event]:
         """Send bytes, and return the events that come until the server closes the connection."""
-        async with self.client() as client:
+        client = self.client()
+        await client.connect()
+        try:
             assert client._writer is not None
             client._writer.write(data)
             return await all_of(client)
+        finally:
+            # The server has not read all of it, and since Python 3.12 the end of a connection says so.
+            with contextlib.suppress(ConnectionResetError):
+                await client.disconnect()
 
     async def is_closed_at_once(self) -> bool:
         """Tell whether a connection ends without a word."""

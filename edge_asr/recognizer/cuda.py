@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -122,9 +123,21 @@ class Gpu:
         try:
             yield
         except self._driver.MemoryError as error:
+            _let_go(error)
             raise EngineError(f"{what}: {first_line(error)}; {FREE_MEMORY}") from error
         except self._driver.Error as error:
+            _let_go(error)
             raise kind(f"{what}: {first_line(error)}; {RESTART}") from error
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Empty the frames of functions that `error`, and what it came from, have left.
+
+    They hold streams, events and memory, which must go while their context is current, not when the error is forgotten.
+    """
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 class DeviceMemory:

@@ -376,9 +376,10 @@ class IExecutionContext:
         return "" if self._memory_size >= needed else f"{self._memory_size} bytes of device memory, {needed} are needed"
 
     def _work(self, shapes, addresses, captured):
-        engine, memory, size = self.engine, self._memory, self.engine._activation_size(self._profile)
-        graph, gpu = engine._graph, fake_gpu.gpu
-        context, changes = weakref.ref(self), self._changes
+        memory, size = self._memory, self.engine._activation_size(self._profile)
+        graph, gpu = self.engine._graph, fake_gpu.gpu
+        # Work that is done, or failed, holds nobody: a GPU knows no Python objects.
+        engine, context, changes = weakref.ref(self.engine), weakref.ref(self), self._changes
         outputs = {name: graph.output_shape(name, shapes) for name in graph.outputs}
 
         def view(name, shape):
@@ -393,7 +394,7 @@ class IExecutionContext:
                 nan = True
             inputs = {name: view(name, shape).astype(graph.inputs[name].dtype) for name, shape in shapes.items()}
             gpu.view(memory, size, "activations").fill(fake_gpu.GARBAGE)
-            for name, value in engine._run(inputs).items():
+            for name, value in engine()._run(inputs).items():
                 if value.shape != outputs[name]:
                     raise AssertionError(f"{name}: computed {value.shape}, announced {outputs[name]}")
                 target = view(name, value.shape)
